@@ -1,0 +1,11 @@
+# The core: patterns, dispatch, CPU kernels. No torch, no CUDA.
+set(BLOCK_SPARSE_CORE_SOURCES
+  src/dispatch.cpp
+  src/pattern.cpp
+  src/product.cpp
+)
+add_library(block_sparse_core STATIC
+  ${BLOCK_SPARSE_CORE_SOURCES}
+  src/reference.cpp
+)
+target_link_libraries(block_sparse_core PUBLIC block_sparse_flags)

@@ -1,0 +1,107 @@
+// Dispatch: one list of kernels per backend, and the rule that picks from it: the first that does
+// not refuse.
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "block_sparse/check.h"
+#include "kernels.h"
+
+namespace block_sparse {
+
+std::span<const Kernel> kernels(Backend backend) {
+  if (backend == Backend::cuda) {
+#ifdef BLOCK_SPARSE_WITH_CUDA
+    static const Kernel list[] = {
+        cuda::reference(),
+    };
+    return list;
+#else
+    return {};
+#endif
+  }
+  static const Kernel list[] = {
+      cpu::reference(),
+  };
+  return list;
+}
+
+namespace {
+
+std::string names(Backend backend) {
+  std::string list;
+  for (const Kernel& kernel : kernels(backend)) {
+    list += (list.empty() ? "" : ", ") + std::string(kernel.name);
+  }
+  return list;
+}
+
+// A name may belong to the other backend: one variable serves a program that uses both.
+bool belongs_to(std::string_view name, Backend backend) {
+  return !name.starts_with(backend == Backend::cpu ? "cuda_" : "cpu_");
+}
+
+// The kernels to try, in order: the backend's list, or those that BLOCK_SPARSE_KERNEL names.
+std::vector<const Kernel*> candidates(Backend backend) {
+  std::vector<const Kernel*> order;
+  const char* forced = std::getenv("BLOCK_SPARSE_KERNEL");
+  std::string_view rest = forced == nullptr ? "" : forced;
+  while (!rest.empty()) {
+    const std::string_view name = rest.substr(0, rest.find(','));
+    rest.remove_prefix(std::min(rest.size(), name.size() + 1));
+    if (!belongs_to(name, backend)) continue;
+    bool found = false;
+    for (const Kernel& kernel : kernels(backend)) {
+      if (kernel.name != name) continue;
+      order.push_back(&kernel);
+      found = true;
+    }
+    check(found, "BLOCK_SPARSE_KERNEL: no kernel is called '", name, "'; there are: ",
+          names(backend));
+  }
+  if (order.empty()) {
+    for (const Kernel& kernel : kernels(backend)) order.push_back(&kernel);
+  }
+  return order;
+}
+
+}  // namespace
+
+const Kernel& choose(Backend backend, const ProductDesc& desc) {
+  std::string reasons;
+  for (const Kernel* kernel : candidates(backend)) {
+    const Refusal refusal = kernel->why_not(desc);
+    if (!refusal) return *kernel;
+    reasons += concat("\n  ", kernel->name, ": ", *refusal);
+  }
+  throw Error(concat("no kernel accepts ", to_string(desc), reasons));
+}
+
+int64_t workspace_size(const Kernel& kernel, const ProductDesc& desc, const Execution& execution) {
+  return kernel.workspace(desc, execution);
+}
+
+void run(const Kernel& kernel, const ProductDesc& desc, const ProductArgs& args,
+         const Execution& execution) {
+  kernel.run(desc, args, execution);
+}
+
+std::string explain(Backend backend, const ProductDesc& desc, const Execution& execution) {
+  std::string text = to_string(desc);
+  bool chosen = false;
+  for (const Kernel* kernel : candidates(backend)) {
+    const Refusal refusal = kernel->why_not(desc);
+    text += concat("\n  ", kernel->name, ": ");
+    if (refusal) {
+      text += concat("refuses: ", *refusal);
+    } else if (!chosen) {
+      text += concat("chosen, workspace ", kernel->workspace(desc, execution), " bytes");
+      chosen = true;
+    } else {
+      text += "would accept";
+    }
+  }
+  return text;
+}
+
+}  // namespace block_sparse

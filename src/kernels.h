@@ -1,0 +1,16 @@
+// The kernels that exist, one line each. The order of preference is in dispatch.cpp.
+#pragma once
+
+#include "kernel.h"
+
+namespace block_sparse {
+
+namespace cpu {
+Kernel reference();  // src/reference.cpp
+}  // namespace cpu
+
+namespace cuda {
+Kernel reference();  // src/cuda/reference.cu
+}  // namespace cuda
+
+}  // namespace block_sparse

@@ -1,0 +1,43 @@
+// Between torch and the core: checks tensors, makes views of them, and calls dispatch. Compiled
+// once into each of the two libraries; what differs between CPU and CUDA is the three functions
+// that `Device` names.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "block_sparse/product.h"
+
+namespace block_sparse::binding {
+
+using torch::stable::Tensor;
+
+// What a library knows of its device; defined in cpu.cpp and in cuda.cpp.
+struct Device {
+  static Backend backend();
+  // The threads or the stream to run on.
+  static Execution execution(const Tensor& tensor);
+  // Memory safety of the indices: checked on the CPU; on a GPU the kernels clamp instead, since
+  // looking would need a synchronisation.
+  static void check_index(const PatternView& pattern);
+};
+
+// The ops, with their schemas in cpu.cpp.
+Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
+               const std::optional<Tensor>& bias, int64_t out_features);
+Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
+                  int64_t in_features);
+Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index,
+                   int64_t block_out, int64_t block_in);
+std::string explain(const Tensor& values, std::string product, int64_t tokens,
+                    int64_t out_features, int64_t in_features, bool bias);
+
+// Throws unless `tensor` is a contiguous int32 tensor of one dimension.
+void check_index_tensor(const char* name, const Tensor& tensor);
+
+}  // namespace block_sparse::binding

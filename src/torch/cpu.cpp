@@ -1,0 +1,111 @@
+// The library _C: the schemas of all ops, and their CPU side.
+#include "binding.h"
+#include "block_sparse/check.h"
+
+namespace block_sparse::binding {
+
+Backend Device::backend() { return Backend::cpu; }
+
+Execution Device::execution(const Tensor&) {
+  Execution execution;
+  execution.parallel_for = [](int64_t count, Execution::Body body, const void* context) {
+    torch::stable::parallel_for(0, count, 1,
+                                [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  execution.threads = static_cast<int>(torch::stable::get_num_threads());
+  return execution;
+}
+
+void Device::check_index(const PatternView& pattern) { check_bounds(pattern); }
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Tensor to_tensor(const Pattern& pattern) {
+  const auto packed = pattern.packed();
+  Tensor index = torch::stable::empty({static_cast<int64_t>(packed.size())}, ScalarType::Int);
+  std::copy(packed.begin(), packed.end(), static_cast<int32_t*>(index.mutable_data_ptr()));
+  return index;
+}
+
+std::span<const int32_t> span_of(const Tensor& tensor) {
+  return {static_cast<const int32_t*>(tensor.const_data_ptr()),
+          static_cast<size_t>(tensor.numel())};
+}
+
+Tensor index_from_bsr(const Tensor& crow_indices, const Tensor& col_indices, int64_t block_cols) {
+  check_index_tensor("crow_indices", crow_indices);
+  check_index_tensor("col_indices", col_indices);
+  return to_tensor(Pattern::from_bsr(span_of(crow_indices), span_of(col_indices), block_cols));
+}
+
+Tensor index_from_mask(const Tensor& mask) {
+  check(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2,
+        "mask: must be a bool tensor of two dimensions, [block_rows, block_cols]");
+  const Tensor rows = torch::stable::contiguous(mask);
+  return to_tensor(Pattern::from_mask({static_cast<const uint8_t*>(rows.const_data_ptr()),
+                                       static_cast<size_t>(rows.numel())},
+                                      rows.size(0), rows.size(1)));
+}
+
+Tensor index_from_blocks(const Tensor& blocks, int64_t block_rows, int64_t block_cols) {
+  check(blocks.scalar_type() == ScalarType::Long && blocks.dim() == 2 && blocks.size(1) == 2,
+        "blocks: must be an int64 tensor [n, 2] of (block row, block column)");
+  const Tensor rows = torch::stable::contiguous(blocks);
+  const auto* pairs = static_cast<const int64_t*>(rows.const_data_ptr());
+  std::vector<Pattern::Block> list;
+  list.reserve(static_cast<size_t>(rows.size(0)));
+  for (int64_t i = 0; i < rows.size(0); ++i) list.emplace_back(pairs[2 * i], pairs[2 * i + 1]);
+  return to_tensor(Pattern::from_blocks(list, block_rows, block_cols));
+}
+
+Tensor index_random(int64_t block_rows, int64_t block_cols, int64_t nnz, int64_t seed,
+                    bool balanced) {
+  return to_tensor(Pattern::random(block_rows, block_cols, nnz, static_cast<uint64_t>(seed),
+                                   balanced));
+}
+
+Tensor index_banded(int64_t block_rows, int64_t block_cols, int64_t bandwidth) {
+  return to_tensor(Pattern::banded(block_rows, block_cols, bandwidth));
+}
+
+}  // namespace
+}  // namespace block_sparse::binding
+
+namespace binding = block_sparse::binding;
+
+STABLE_TORCH_LIBRARY(block_sparse, m) {
+  // The products. `index` is the packed index of a pattern (include/block_sparse/pattern.h).
+  m.def("forward(Tensor input, Tensor values, Tensor index, Tensor? bias, SymInt out_features) "
+        "-> Tensor");
+  m.def("grad_input(Tensor grad_output, Tensor values, Tensor index, SymInt in_features) "
+        "-> Tensor");
+  m.def("grad_weight(Tensor grad_output, Tensor input, Tensor index, SymInt block_out, "
+        "SymInt block_in) -> Tensor");
+  // Which kernel would run, and why: for people.
+  m.def("explain(Tensor values, str product, int tokens, int out_features, int in_features, "
+        "bool bias) -> str");
+  // Packed indices of new patterns; everything is validated.
+  m.def("index_from_bsr(Tensor crow_indices, Tensor col_indices, SymInt block_cols) -> Tensor");
+  m.def("index_from_mask(Tensor mask) -> Tensor");
+  m.def("index_from_blocks(Tensor blocks, SymInt block_rows, SymInt block_cols) -> Tensor");
+  m.def("index_random(int block_rows, int block_cols, int nnz, int seed, bool balanced) -> Tensor");
+  m.def("index_banded(int block_rows, int block_cols, int bandwidth) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(block_sparse, CPU, m) {
+  m.impl("forward", TORCH_BOX(&binding::forward));
+  m.impl("grad_input", TORCH_BOX(&binding::grad_input));
+  m.impl("grad_weight", TORCH_BOX(&binding::grad_weight));
+  m.impl("explain", TORCH_BOX(&binding::explain));
+  m.impl("index_from_bsr", TORCH_BOX(&binding::index_from_bsr));
+  m.impl("index_from_mask", TORCH_BOX(&binding::index_from_mask));
+  m.impl("index_from_blocks", TORCH_BOX(&binding::index_from_blocks));
+}
+
+// No tensor among the arguments to choose a device by: the index is made on the CPU.
+STABLE_TORCH_LIBRARY_IMPL(block_sparse, CompositeExplicitAutograd, m) {
+  m.impl("index_random", TORCH_BOX(&binding::index_random));
+  m.impl("index_banded", TORCH_BOX(&binding::index_banded));
+}

@@ -1,0 +1,229 @@
+// The three products as torch ops: tensors are checked here, once; kernels trust what they get.
+#include <limits>
+
+#include "binding.h"
+#include "block_sparse/check.h"
+
+namespace block_sparse::binding {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Dtype dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      throw Error(concat(name, ": dtype must be float64, float32, bfloat16 or float16"));
+  }
+}
+
+void check_same(const char* name, const Tensor& tensor, const char* other_name,
+                const Tensor& other) {
+  check(dtype_of(name, tensor) == dtype_of(other_name, other), name, ": dtype is ",
+        to_string(dtype_of(name, tensor)), ", but ", other_name, " has ",
+        to_string(dtype_of(other_name, other)));
+}
+
+void check_same_device(const char* name, const Tensor& tensor, const Tensor& other) {
+  check(tensor.is_cpu() == other.is_cpu() && tensor.get_device_index() == other.get_device_index(),
+        name, ": is on another device than the first tensor argument");
+}
+
+int64_t check_features(const char* name, int64_t value) {
+  check(value >= 0 && value <= std::numeric_limits<int32_t>::max(), name, ": is ", value,
+        "; it must be in [0, 2^31)");
+  return value;
+}
+
+int64_t check_block(const char* name, int64_t value) {
+  check(value >= 1 && value <= std::numeric_limits<int32_t>::max(), name,
+        ": a block must have at least one element and fewer than 2^31 in each direction, got ",
+        value);
+  return value;
+}
+
+BlockShape block_shape_of(const Tensor& values) {
+  check(values.dim() == 3, "values: must be [nnz, block_out, block_in], got ", values.dim(),
+        " dimensions");
+  return {check_block("values", values.size(1)), check_block("values", values.size(2))};
+}
+
+// The indices as a view; `grid` comes from the sizes of the other tensors.
+PatternView pattern_of(const Tensor& index, GridShape grid, const Tensor& first) {
+  check_index_tensor("index", index);
+  check_same_device("index", index, first);
+  check(index.numel() == grid.index_size(), "index: has ", index.numel(), " entries; ",
+        grid.block_rows, " x ", grid.block_cols, " blocks with ", grid.nnz, " present need ",
+        grid.index_size());
+  PatternView pattern =
+      PatternView::of_packed(static_cast<const int32_t*>(index.const_data_ptr()), grid);
+  Device::check_index(pattern);
+  return pattern;
+}
+
+// A dense operand [..., features] as rows. Copies only what is neither contiguous nor a matrix
+// with adjacent elements; `keep` holds the copy.
+struct Rows {
+  Tensor keep;
+  ConstDenseView view;
+  int64_t count = 0;
+};
+
+Rows rows_of(const char* name, const Tensor& tensor, int64_t features) {
+  const int64_t dim = tensor.dim();
+  check(dim >= 1, name, ": must have at least one dimension");
+  check(tensor.size(dim - 1) == features, name, ": the last dimension is ", tensor.size(dim - 1),
+        "; it must be ", features);
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < dim; ++d) count *= tensor.size(d);
+
+  const bool contiguous = tensor.is_contiguous();
+  const bool strided_matrix = !contiguous && dim == 2 && tensor.stride(1) == 1;
+  Tensor keep = contiguous || strided_matrix ? tensor : torch::stable::contiguous(tensor);
+  const ConstDenseView view{keep.const_data_ptr(), strided_matrix ? keep.stride(0) : features};
+  return {std::move(keep), view, count};
+}
+
+Tensor allocate_like_rows(const Tensor& rows, int64_t features) {
+  std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
+  sizes.back() = features;
+  return torch::stable::new_empty(rows, sizes);
+}
+
+void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output) {
+  if (output.numel() == 0) return;
+  args.output = {output.mutable_data_ptr(), desc.product == Product::forward
+                                                ? desc.out_features
+                                                : desc.in_features};
+  const Execution execution = Device::execution(output);
+  const Kernel& kernel = choose(Device::backend(), desc);
+  const int64_t bytes = workspace_size(kernel, desc, execution);
+  if (bytes == 0) {
+    run(kernel, desc, args, execution);
+    return;
+  }
+  const Tensor workspace = torch::stable::new_empty(output, {bytes}, ScalarType::Byte);
+  args.workspace = workspace.mutable_data_ptr();
+  run(kernel, desc, args, execution);
+}
+
+}  // namespace
+
+void check_index_tensor(const char* name, const Tensor& tensor) {
+  check(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous(),
+        name, ": must be a contiguous int32 tensor of one dimension");
+}
+
+Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
+               const std::optional<Tensor>& bias, int64_t out_features) {
+  check(input.dim() >= 1, "input: must have at least one dimension");
+  ProductDesc desc;
+  desc.product = Product::forward;
+  desc.dtype = dtype_of("values", values);
+  desc.epilogue = bias ? Epilogue::bias : Epilogue::none;
+  desc.out_features = check_features("out_features", out_features);
+  desc.in_features = check_features("input", input.size(input.dim() - 1));
+  desc.block = block_shape_of(values);
+  desc.nnz = values.size(0);
+  check_same("input", input, "values", values);
+  check_same_device("values", values, input);
+
+  const Rows x = rows_of("input", input, desc.in_features);
+  const Tensor blocks = torch::stable::contiguous(values);
+  desc.tokens = x.count;
+  ProductArgs args;
+  args.x = x.view;
+  args.weight = {pattern_of(index, desc.grid(), input), blocks.const_data_ptr()};
+  std::optional<Tensor> contiguous_bias;
+  if (bias) {
+    check_same("bias", *bias, "values", values);
+    check_same_device("bias", *bias, input);
+    check(bias->dim() == 1 && bias->size(0) == out_features, "bias: must have shape [",
+          out_features, "], got ", bias->numel(), " elements in ", bias->dim(), " dimensions");
+    contiguous_bias = torch::stable::contiguous(*bias);
+    args.bias = contiguous_bias->const_data_ptr();
+  }
+  Tensor output = allocate_like_rows(input, out_features);
+  run_product(desc, args, output);
+  return output;
+}
+
+Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
+                  int64_t in_features) {
+  check(grad_output.dim() >= 1, "grad_output: must have at least one dimension");
+  ProductDesc desc;
+  desc.product = Product::grad_input;
+  desc.dtype = dtype_of("values", values);
+  desc.out_features = check_features("grad_output", grad_output.size(grad_output.dim() - 1));
+  desc.in_features = check_features("in_features", in_features);
+  desc.block = block_shape_of(values);
+  desc.nnz = values.size(0);
+  check_same("grad_output", grad_output, "values", values);
+  check_same_device("values", values, grad_output);
+
+  const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
+  const Tensor blocks = torch::stable::contiguous(values);
+  desc.tokens = dy.count;
+  ProductArgs args;
+  args.dy = dy.view;
+  args.weight = {pattern_of(index, desc.grid(), grad_output), blocks.const_data_ptr()};
+  Tensor output = allocate_like_rows(grad_output, in_features);
+  run_product(desc, args, output);
+  return output;
+}
+
+Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index,
+                   int64_t block_out, int64_t block_in) {
+  check(grad_output.dim() >= 1, "grad_output: must have at least one dimension");
+  check(input.dim() >= 1, "input: must have at least one dimension");
+  ProductDesc desc;
+  desc.product = Product::grad_weight;
+  desc.dtype = dtype_of("input", input);
+  desc.out_features = check_features("grad_output", grad_output.size(grad_output.dim() - 1));
+  desc.in_features = check_features("input", input.size(input.dim() - 1));
+  desc.block = {check_block("block_out", block_out), check_block("block_in", block_in)};
+  check_same("grad_output", grad_output, "input", input);
+  check_same_device("input", input, grad_output);
+
+  const GridShape grid = desc.grid();
+  const int64_t per_block = index.numel() - grid.index_size();  // nnz is not known yet: 4 nnz
+  check(per_block >= 0 && per_block % 4 == 0, "index: ", index.numel(), " entries fit no pattern of ",
+        grid.block_rows, " x ", grid.block_cols, " blocks");
+  desc.nnz = per_block / 4;
+
+  const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
+  const Rows x = rows_of("input", input, desc.in_features);
+  check(dy.count == x.count, "input: has ", x.count, " rows, but grad_output has ", dy.count);
+  desc.tokens = x.count;
+  ProductArgs args;
+  args.x = x.view;
+  args.dy = dy.view;
+  args.weight = {pattern_of(index, desc.grid(), grad_output), nullptr};
+  Tensor output = torch::stable::new_empty(input, {desc.nnz, block_out, block_in});
+  run_product(desc, args, output);
+  return output;
+}
+
+std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
+                    int64_t in_features, bool bias) {
+  ProductDesc desc;
+  desc.product = product_from_string(product);
+  desc.dtype = dtype_of("values", values);
+  desc.epilogue = bias && desc.product == Product::forward ? Epilogue::bias : Epilogue::none;
+  check(tokens >= 0, "tokens: must be at least 0, got ", tokens);
+  desc.tokens = tokens;
+  desc.out_features = check_features("out_features", out_features);
+  desc.in_features = check_features("in_features", in_features);
+  desc.block = block_shape_of(values);
+  desc.nnz = values.size(0);
+  return block_sparse::explain(Device::backend(), desc, Device::execution(values));
+}
+
+}  // namespace block_sparse::binding
