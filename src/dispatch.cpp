@@ -21,6 +21,7 @@ std::span<const Kernel> kernels(Backend backend) {
 #endif
   }
   static const Kernel list[] = {
+      cpu::simd(),
       cpu::reference(),
   };
   return list;
