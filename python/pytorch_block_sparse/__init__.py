@@ -1,4 +1,4 @@
-"""Block-sparse weights for PyTorch: only the blocks of a weight's pattern are stored and multiplied.
+"""Block-sparse weights for PyTorch: only the present blocks are stored and multiplied.
 
 Three nouns carry the library: a :class:`Pattern` (which blocks), a :class:`BlockSparseMatrix`
 (a pattern and its values) and the products of a linear layer (:mod:`pytorch_block_sparse.ops`).

@@ -114,7 +114,9 @@ class BlockSparseLinear(nn.Module):
             self.reset_parameters()
         elif not self.values.is_meta:
             with torch.no_grad():
-                self.values.copy_(BlockSparseMatrix.from_dense(dense.weight, pattern=pattern).values)
+                self.values.copy_(
+                    BlockSparseMatrix.from_dense(dense.weight, pattern=pattern).values
+                )
                 if self.bias is not None:
                     self.bias.copy_(dense.bias)
         if verbose:
@@ -203,7 +205,9 @@ class BlockSparseLinear(nn.Module):
         """float64 ``[block_rows]``: how many inputs each block row sees."""
         block_in = self.block_shape[1]
         cols = grid_shape((self.out_features, self.in_features), self.block_shape)[1]
-        widths = torch.full((cols,), float(block_in), dtype=torch.float64, device=self._index.device)
+        widths = torch.full(
+            (cols,), float(block_in), dtype=torch.float64, device=self._index.device
+        )
         if cols:
             widths[-1] -= cols * block_in - self.in_features
         counts = torch.zeros_like(self.crow_indices[1:], dtype=torch.float64)

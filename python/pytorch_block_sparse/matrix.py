@@ -277,9 +277,7 @@ def _largest_blocks(
     return Pattern.from_mask(mask.reshape(grid), block_shape, (dense.shape[0], dense.shape[1]))
 
 
-def largest_blocks(
-    dense: Tensor, block_shape: tuple[int, int], density: float
-) -> Pattern:
+def largest_blocks(dense: Tensor, block_shape: tuple[int, int], density: float) -> Pattern:
     """The pattern of the blocks of `dense` with the largest L1 norm, at `density`."""
     grid = grid_shape((dense.shape[0], dense.shape[1]), block_shape)
     return _largest_blocks(dense, block_shape, count_for_density(density, grid[0] * grid[1]), grid)

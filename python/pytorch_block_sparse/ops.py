@@ -156,9 +156,7 @@ def _grad_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(
-    "block_sparse::forward", _gradients, setup_context=_forward_context
-)
+torch.library.register_autograd("block_sparse::forward", _gradients, setup_context=_forward_context)
 torch.library.register_autograd(
     "block_sparse::grad_input", _grad_input_backward, setup_context=_grad_input_context
 )
