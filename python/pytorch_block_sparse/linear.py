@@ -73,8 +73,9 @@ class BlockSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_density(density)
-        dense = None if torch_nn_linear is None else _dense_of(torch_nn_linear)
-        if dense is not None:
+        dense = None
+        if torch_nn_linear is not None:
+            dense = _dense_of(torch_nn_linear)
             in_features = _same_size("in_features", in_features, torch_nn_linear)
             out_features = _same_size("out_features", out_features, torch_nn_linear)
             bias = dense.bias is not None
@@ -114,10 +115,9 @@ class BlockSparseLinear(nn.Module):
             self.reset_parameters()
         elif not self.values.is_meta:
             with torch.no_grad():
-                self.values.copy_(
-                    BlockSparseMatrix.from_dense(dense.weight, pattern=pattern).values
-                )
-                if self.bias is not None:
+                matrix = BlockSparseMatrix.from_dense(dense.weight, pattern=pattern)
+                self.values.copy_(matrix.values)
+                if self.bias is not None and dense.bias is not None:
                     self.bias.copy_(dense.bias)
         if verbose:
             print(self)

@@ -103,7 +103,7 @@ class BlockSparseMatrix:
         block_shape: tuple[int, int] = (32, 32),
         device: torch.device | str | None = None,
     ) -> "BlockSparseMatrix":
-        """Normal numbers in `n_blocks` random blocks, or in `blocks`; in all if neither is given."""
+        """Normal numbers in `n_blocks` random blocks, or in `blocks`; by default in all blocks."""
         return cls._filled("randn", shape, n_blocks, blocks, block_shape, device)
 
     @classmethod

@@ -1,8 +1,8 @@
 """The three products as differentiable functions of tensors.
 
-The ops live under ``torch.ops.block_sparse`` (schemas and kernels in C++); this file adds what torch
-wants from Python: fakes, autograd and autocast. Each gradient is made of the same three ops, so that
-derivatives of any order work. It knows tensors only; patterns and modules are built on top.
+The ops live under ``torch.ops.block_sparse`` (schemas and kernels in C++); this file adds what
+torch wants from Python: fakes, autograd and autocast. Each gradient is made of the same three ops,
+so that derivatives of any order work. It knows tensors only; patterns and modules are built on top.
 
 ===========  ===================================  =======================  =======================
 op           computes                             gradient of 1st operand  gradient of 2nd operand
@@ -32,7 +32,7 @@ def linear(
 
     Args:
         input: ``[..., in_features]``, any strides.
-        values: ``[nnz, block_out, block_in]``, the blocks in BSR order; dtype and device of `input`.
+        values: ``[nnz, block_out, block_in]``, the blocks in BSR order; dtype and device as `input`.
         index: packed int32 index of the pattern (``Pattern.index``).
         bias: ``[out_features]`` or None.
         out_features: rows of the weight; the number of columns is ``input.shape[-1]``.
@@ -83,10 +83,10 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _EagerLinear(torch.autograd.Function):
-    """The same as ``forward`` with its registered autograd, at about two thirds of the host time."""
+    """``forward`` with its registered autograd, at about two thirds of the host time."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         values: Tensor,
@@ -99,7 +99,7 @@ class _EagerLinear(torch.autograd.Function):
             return forward(input, values, index, bias, out_features)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated again
             return _gradients(ctx, grad_output)
         with torch._C._AutoDispatchBelowAutograd():
@@ -212,7 +212,7 @@ def _index_from_blocks_fake(blocks: Tensor, block_rows: int, block_cols: int) ->
     return blocks.new_empty(size, dtype=torch.int32)
 
 
-# --- autocast: the dtype is asked for at each call, and float64 is left alone ----------------------
+# --- autocast: the dtype is asked for at each call, and float64 is left alone --------------------
 
 
 def _register_autocast(device_type: str) -> None:

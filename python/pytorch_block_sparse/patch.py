@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -83,7 +83,7 @@ class BlockSparseModelPatcher:
         self._rules.append(rule)
 
     def get_patchable_layers(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The layers that can be replaced: dicts of ``regexp`` (ready for add_pattern) and ``layer``."""
+        """The layers that can be replaced: dicts of ``regexp`` (for add_pattern) and ``layer``."""
         return [
             {"regexp": re.escape(name), "layer": module} for name, module in _linear_layers(model)
         ]
@@ -182,11 +182,11 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _as_linear(layer: nn.Module) -> nn.Linear:
     if isinstance(layer, nn.Linear):
         return layer
-    in_features, out_features = layer.weight.shape  # Conv1D keeps its weight transposed
+    weight = cast(nn.Parameter, layer.weight)
+    in_features, out_features = weight.shape  # Conv1D keeps its weight transposed
     linear = nn.Linear(in_features, out_features, device="meta")
-    weight = layer.weight.detach().t()
-    linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-    linear.bias = layer.bias
+    linear.weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
+    linear.bias = cast(nn.Parameter, layer.bias)
     return linear.train(layer.training)
 
 

@@ -237,7 +237,7 @@ class Pattern:
     ) -> "Pattern":
         """Every block."""
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
-        rows, cols = grid_shape(shape, block_shape)
+        cols = grid_shape(shape, block_shape)[1]
         return cls.banded(shape, cols, block_shape, device=device)
 
     @property

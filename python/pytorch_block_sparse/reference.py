@@ -11,8 +11,8 @@ from .matrix import BlockSparseMatrix
 class PseudoBlockSparseLinear(nn.Module):
     """What a :class:`BlockSparseLinear` computes, with a dense weight and a mask.
 
-    The weight is a dense Parameter, multiplied by the mask of the pattern in each forward: values and
-    gradients are those of the block-sparse layer, at the speed and size of the dense one.
+    The weight is a dense Parameter, multiplied by the mask of the pattern in each forward: values
+    and gradients are those of the block-sparse layer, at the speed and size of the dense one.
 
     Args:
         layer: the layer to imitate; its values are copied.
