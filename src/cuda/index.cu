@@ -1,7 +1,6 @@
 // The packed index, built on the GPU from its BSR half. No sort, no atomics, no workspace: each
 // block column looks itself up in every block row by binary search, so the order is fixed.
 #include "cuda/index.h"
-
 #include "cuda/launch.h"
 
 namespace block_sparse::cuda {
@@ -44,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
 // One warp per block column, and one for the end of the last; a lane looks at every 32nd block
 // row. A column starts after all blocks of smaller columns, which the first loop counts.
 __global__ void __launch_bounds__(kThreads)
-    transpose(const int32_t* crow, const int32_t* col, GridShape grid, int32_t* ccol,
-              int32_t* trow, int32_t* perm) {
+    transpose(const int32_t* crow, const int32_t* col, GridShape grid, int32_t* ccol, int32_t* trow,
+              int32_t* perm) {
   const int lane = threadIdx.x % kWarp;
   const int64_t step = int64_t{gridDim.x} * (kThreads / kWarp);
   for (int64_t column = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
