@@ -100,8 +100,8 @@ BLOCK_SPARSE_HOST_DEVICE inline A load(Float16 value) {
   return static_cast<A>(std::bit_cast<float>(sign | (wide << 23) | (mantissa << 13)));
 }
 
-// The bits of a float on the way to 16 bits. Rounding twice to nearest can be wrong; so here what is
-// inexact is rounded to odd (towards zero, last bit set), which the second rounding sees through.
+// The bits of a float on the way to 16 bits. Rounding to nearest twice can be wrong, so what is
+// inexact is rounded to odd (towards zero, last bit set): the second rounding sees through that.
 BLOCK_SPARSE_HOST_DEVICE inline uint32_t float_bits_to_odd(double value) {
   const auto nearest = static_cast<float>(value);
   const auto bits = std::bit_cast<uint32_t>(nearest);
