@@ -24,6 +24,8 @@ class Sddmm {
   static constexpr int64_t kMaxChunkBytes = 8 << 20;
   // Steps that the tiles of a block take in turn: what they read then stays in the first cache.
   static constexpr int64_t kTurnSteps = 128;
+  // Rows of a dense operand that are fetched before they are packed.
+  static constexpr int64_t kRowsAhead = 16;
   // Rows of a block that take turns.
   static constexpr int64_t kBandRows = 32;
 
@@ -132,6 +134,8 @@ class Sddmm {
          token += Math::kDepth, to += side.width) {
       for (int64_t i = 0; i < side.width; i += kLane) {
         const int64_t count = std::clamp<int64_t>(present - i, 0, kLane);
+        // The next rows are far away, in other pages: the hardware does not follow.
+        __builtin_prefetch(from + (token + kRowsAhead) * stride + i);
         store(to + i, Math::join(from + token * stride + i, stride, chunk_.end - token, count));
       }
     }
