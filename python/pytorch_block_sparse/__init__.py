@@ -1,1 +1,26 @@
+"""Block-sparse weights for PyTorch: only the present blocks are stored and multiplied.
 
+Three nouns carry the library: a :class:`Pattern` (which blocks), a :class:`BlockSparseMatrix`
+(a pattern and its values) and the products of a linear layer (:mod:`pytorch_block_sparse.ops`).
+:class:`BlockSparseLinear` is the layer, :class:`BlockSparseModelPatcher` swaps it into a model.
+"""
+
+from importlib.metadata import version
+
+from . import ops
+from .linear import BlockSparseLinear
+from .matrix import BlockSparseMatrix
+from .patch import BlockSparseModelPatcher
+from .pattern import Pattern
+from .reference import PseudoBlockSparseLinear
+
+__version__ = version("pytorch_block_sparse")
+
+__all__ = [
+    "BlockSparseLinear",
+    "BlockSparseMatrix",
+    "BlockSparseModelPatcher",
+    "Pattern",
+    "PseudoBlockSparseLinear",
+    "ops",
+]

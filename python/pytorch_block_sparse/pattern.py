@@ -1,0 +1,330 @@
+"""Pattern: which blocks of a weight are present. Knows positions, never values."""
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (defines torch.ops.block_sparse)
+
+_index_from_bsr = torch.ops.block_sparse.index_from_bsr
+_index_from_mask = torch.ops.block_sparse.index_from_mask
+_index_from_blocks = torch.ops.block_sparse.index_from_blocks
+_index_random = torch.ops.block_sparse.index_random
+_index_banded = torch.ops.block_sparse.index_banded
+
+_MAX_INT32 = 2**31 - 1
+
+
+def check_block_shape(block_shape: tuple[int, int]) -> tuple[int, int]:
+    """Returns `block_shape` as two ints, or raises ValueError."""
+    shape = tuple(block_shape) if isinstance(block_shape, (tuple, list, torch.Size)) else ()
+    if len(shape) != 2 or not all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 < size <= _MAX_INT32
+        for size in shape
+    ):
+        raise ValueError(f"block_shape: must be two positive ints (out, in), got {block_shape!r}")
+    return shape
+
+
+def check_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Returns `shape` as (out_features, in_features), or raises ValueError."""
+    sizes = tuple(shape) if isinstance(shape, (tuple, list, torch.Size)) else ()
+    if len(sizes) != 2 or not all(
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= _MAX_INT32
+        for size in sizes
+    ):
+        raise ValueError(
+            f"shape: must be two ints in [0, 2^31), (out_features, in_features), got {shape!r}"
+        )
+    return sizes
+
+
+def check_density(density: float) -> float:
+    """Returns `density` as a float in (0, 1], or raises ValueError."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ValueError(f"density: must be in (0, 1], got {density!r}")
+    return float(density)
+
+
+def grid_shape(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, int]:
+    """(block rows, block columns) that cover `shape`: rounded up where it is no multiple."""
+    return -(-shape[0] // block_shape[0]), -(-shape[1] // block_shape[1])
+
+
+def count_for_density(density: float, blocks: int) -> int:
+    """round(density * blocks), and at least one where there is a block at all."""
+    return min(blocks, max(1, int(check_density(density) * blocks + 0.5)))
+
+
+class Pattern:
+    """The set of present blocks of a weight ``[out_features, in_features]``, with its indices.
+
+    Build one with :meth:`from_mask`, :meth:`from_blocks`, :meth:`from_bsr`, :meth:`random`,
+    :meth:`banded` or :meth:`full`. All of them validate. Where a size is no multiple of the block,
+    the grid is rounded up.
+
+    Attributes:
+        shape: (out_features, in_features).
+        block_shape: (block_out, block_in), in elements.
+        crow_indices: int32 ``[block_rows + 1]``, as in ``torch.sparse_bsr_tensor``.
+        col_indices: int32 ``[nnz]``, as in ``torch.sparse_bsr_tensor``.
+        index: packed int32 tensor of everything that the products read, made from the two above.
+
+    Example:
+        >>> from pytorch_block_sparse import Pattern
+        >>> pattern = Pattern.random((256, 128), density=0.25, block_shape=(32, 32))
+        >>> pattern.nnz, pattern.density, pattern.grid
+        (8, 0.25, (8, 4))
+    """
+
+    def __init__(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        index: Tensor,
+        shape: tuple[int, int],
+        block_shape: tuple[int, int],
+    ) -> None:
+        """Takes tensors that belong together, unchecked: use the class methods instead."""
+        self.crow_indices = crow_indices
+        self.col_indices = col_indices
+        self.index = index
+        self.shape = shape
+        self.block_shape = block_shape
+
+    @classmethod
+    def _from_index(
+        cls, index: Tensor, shape: tuple[int, int], block_shape: tuple[int, int]
+    ) -> "Pattern":
+        rows, cols = grid_shape(shape, block_shape)
+        nnz = (index.numel() - (rows + 1) - (cols + 1)) // 4
+        crow, col = index[: rows + 1].clone(), index[rows + 1 : rows + 1 + nnz].clone()
+        return cls(crow, col, index, shape, block_shape)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        block_shape: tuple[int, int] = (32, 32),
+        shape: tuple[int, int] | None = None,
+    ) -> "Pattern":
+        """The pattern of a bool mask of blocks, ``[block_rows, block_cols]``.
+
+        Args:
+            mask: True where the block is present.
+            block_shape: (block_out, block_in).
+            shape: (out_features, in_features) where it is no multiple of the block;
+                by default the grid is filled.
+        """
+        block_shape = check_block_shape(block_shape)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+            raise ValueError(f"mask: must be a bool tensor [block_rows, block_cols], got {got}")
+        if shape is None:
+            shape = (mask.shape[0] * block_shape[0], mask.shape[1] * block_shape[1])
+        shape = check_shape(shape)
+        grid = grid_shape(shape, block_shape)
+        if tuple(mask.shape) != grid:
+            raise ValueError(
+                f"mask: is {list(mask.shape)}, but {shape} in blocks of {block_shape} has "
+                f"{grid[0]} x {grid[1]} blocks"
+            )
+        pattern = cls._from_index(_index_from_mask(mask.cpu()), shape, block_shape)
+        return pattern.to(mask.device)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Tensor | list[tuple[int, int]],
+        shape: tuple[int, int],
+        block_shape: tuple[int, int] = (32, 32),
+    ) -> "Pattern":
+        """The pattern of a list of (block row, block column), in any order, each at most once."""
+        shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        coordinates = torch.as_tensor(blocks)
+        device = coordinates.device
+        if coordinates.numel() == 0:
+            coordinates = coordinates.new_zeros((0, 2), dtype=torch.int64)
+        if coordinates.is_floating_point() or coordinates.dtype == torch.bool:
+            raise TypeError(f"blocks: must be integers, got {coordinates.dtype}")
+        if coordinates.dim() != 2 or coordinates.shape[1] != 2:
+            raise ValueError(
+                "blocks: must be pairs (block row, block column), [n, 2], "
+                f"got {list(coordinates.shape)}"
+            )
+        index = _index_from_blocks(
+            coordinates.to("cpu", torch.int64), *grid_shape(shape, block_shape)
+        )
+        return cls._from_index(index, shape, block_shape).to(device)
+
+    @classmethod
+    def from_bsr(
+        cls,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        shape: tuple[int, int],
+        block_shape: tuple[int, int] = (32, 32),
+    ) -> "Pattern":
+        """The pattern of BSR indices, as ``torch.sparse_bsr_tensor`` has them.
+
+        int32 indices are kept, sharing memory; int64 ones are converted. Both are validated in
+        full, on the host.
+        """
+        shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        rows, cols = grid_shape(shape, block_shape)
+        crow = _as_int32("crow_indices", crow_indices)
+        col = _as_int32("col_indices", col_indices)
+        if crow.device != col.device:
+            raise ValueError(f"col_indices: is on {col.device}, but crow_indices on {crow.device}")
+        if crow.numel() != rows + 1:
+            raise ValueError(
+                f"crow_indices: has {crow.numel()} entries; {rows} block rows need {rows + 1}"
+            )
+        index = _index_from_bsr(crow.cpu(), col.cpu(), cols)
+        return cls(crow, col, index.to(crow.device), shape, block_shape)
+
+    @classmethod
+    def random(
+        cls,
+        shape: tuple[int, int],
+        density: float,
+        block_shape: tuple[int, int] = (32, 32),
+        generator: torch.Generator | None = None,
+        *,
+        balanced: bool = False,
+        device: torch.device | str | None = None,
+    ) -> "Pattern":
+        """Exactly ``round(density * blocks)`` blocks, at least one, uniform without replacement.
+
+        Args:
+            shape: (out_features, in_features).
+            density: share of the blocks that are present, in (0, 1].
+            block_shape: (block_out, block_in).
+            generator: source of the randomness; by default torch's global one
+                (``torch.manual_seed``).
+            balanced: the same number of blocks in each block row, and in each block column, up to
+                one.
+            device: where the indices go; by default the CPU.
+        """
+        shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        rows, cols = grid_shape(shape, block_shape)
+        nnz = count_for_density(density, rows * cols)
+        source = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=source))
+        index = _index_random(rows, cols, nnz, seed, balanced)
+        return cls._from_index(index, shape, block_shape).to(device or "cpu")
+
+    @classmethod
+    def banded(
+        cls,
+        shape: tuple[int, int],
+        bandwidth: int,
+        block_shape: tuple[int, int] = (32, 32),
+        *,
+        device: torch.device | str | None = None,
+    ) -> "Pattern":
+        """The blocks at most `bandwidth` blocks beside the diagonal; 0 is block-diagonal."""
+        shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        index = _index_banded(*grid_shape(shape, block_shape), bandwidth)
+        return cls._from_index(index, shape, block_shape).to(device or "cpu")
+
+    @classmethod
+    def full(
+        cls,
+        shape: tuple[int, int],
+        block_shape: tuple[int, int] = (32, 32),
+        *,
+        device: torch.device | str | None = None,
+    ) -> "Pattern":
+        """Every block."""
+        shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        cols = grid_shape(shape, block_shape)[1]
+        return cls.banded(shape, cols, block_shape, device=device)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(block rows, block columns)."""
+        return grid_shape(self.shape, self.block_shape)
+
+    @property
+    def nnz(self) -> int:
+        """Number of present blocks."""
+        return self.col_indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that are present."""
+        rows, cols = self.grid
+        return self.nnz / (rows * cols) if rows * cols else 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the indices are."""
+        return self.index.device
+
+    @property
+    def row_indices(self) -> Tensor:
+        """int32 ``[nnz]``: the block row of each block (a view of `index`)."""
+        start = self.grid[0] + 1 + self.nnz
+        return self.index[start : start + self.nnz]
+
+    @property
+    def permutation(self) -> Tensor:
+        """int32 ``[nnz]``: the blocks ordered by block column, then block row (a view)."""
+        return self.index[self.index.numel() - self.nnz :]
+
+    def mask(self) -> Tensor:
+        """bool ``[block_rows, block_cols]``: True where the block is present."""
+        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.device)
+        mask[self.row_indices.long(), self.col_indices.long()] = True
+        return mask
+
+    def to(self, device: torch.device | str) -> "Pattern":
+        """This pattern with its indices on `device`; itself if they are there."""
+        if torch.device(device) == self.device:
+            return self
+        return Pattern(
+            self.crow_indices.to(device),
+            self.col_indices.to(device),
+            self.index.to(device),
+            self.shape,
+            self.block_shape,
+        )
+
+    def t(self) -> "Pattern":
+        """The pattern of the transposed weight. Its blocks are ordered as :attr:`permutation`."""
+        rows, cols = self.grid
+        start = rows + 1 + 2 * self.nnz
+        ccol = self.index[start : start + cols + 1]
+        trow = self.index[start + cols + 1 : start + cols + 1 + self.nnz]
+        return Pattern.from_bsr(
+            ccol.clone(), trow.clone(), (self.shape[1], self.shape[0]), self.block_shape[::-1]
+        )
+
+    def equal(self, other: "Pattern") -> bool:
+        """True if both have the same blocks, shape and block shape."""
+        return (
+            self.shape == other.shape
+            and self.block_shape == other.block_shape
+            and torch.equal(self.crow_indices.cpu(), other.crow_indices.cpu())
+            and torch.equal(self.col_indices.cpu(), other.col_indices.cpu())
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Pattern(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, "
+            f"density={self.density:.3g}, device={str(self.device)!r})"
+        )
+
+
+def _as_int32(name: str, indices: Tensor) -> Tensor:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: dtype must be int32 or int64, got {indices.dtype}")
+    if indices.dim() != 1:
+        raise ValueError(f"{name}: must have one dimension, got {indices.dim()}")
+    if indices.dtype == torch.int64:
+        if indices.numel() and (int(indices.max()) > _MAX_INT32 or int(indices.min()) < 0):
+            raise ValueError(f"{name}: has an entry outside [0, 2^31)")
+        return indices.to(torch.int32)
+    return indices.contiguous()
