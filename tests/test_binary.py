@@ -1,7 +1,7 @@
 """What the built libraries need from outside, read from their ELF files.
 
-One build has to load into every torch from 2.11 on, so nothing but the stable ABI may be used; these
-tests look at the result and not at the sources that should have led to it.
+One build has to load into every torch from 2.11 on, so nothing but the stable ABI may be used;
+these tests look at the result and not at the sources that should have led to it.
 """
 
 from __future__ import annotations
