@@ -72,13 +72,15 @@ BLOCK_SPARSE_INLINE void end_of_stream() {
 // The first `count` lanes only; the others load as zero and are not stored.
 template <class T>
 BLOCK_SPARSE_INLINE Vec<T> load(const T* from, int64_t count) {
+  if (count == kLanes<T>) return load(from);
   Vec<T> vector{};
-  for (int64_t i = 0; i < count; ++i) vector[i] = from[i];
+  std::memcpy(&vector, from, static_cast<size_t>(count) * sizeof(T));
   return vector;
 }
 template <class T>
 BLOCK_SPARSE_INLINE void store(T* to, Vec<T> vector, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = vector[i];
+  if (count == kLanes<T>) return store(to, vector);
+  std::memcpy(to, &vector, static_cast<size_t>(count) * sizeof(T));
 }
 
 // Lane i of the result is lane choose(i) of `first` followed by `second`.

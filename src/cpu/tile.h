@@ -42,8 +42,10 @@ template <class Packed, int kVectors>
 struct GatheredVectors {
   const Packed* data[kVectors];
   int64_t stride;
+  const Packed* ahead;
 
   BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    if (v == 0) __builtin_prefetch(ahead + step * stride);
     return load(data[v] + step * stride);
   }
 };
