@@ -31,6 +31,9 @@ struct Plain {
   BLOCK_SPARSE_INLINE static void store(Storage* to, Vec<Sum> sum, int64_t count) {
     BLOCK_SPARSE_LEVEL::store(to, sum, count);
   }
+  BLOCK_SPARSE_INLINE static void stream(Storage* to, Vec<Sum> sum) {
+    BLOCK_SPARSE_LEVEL::stream(to, sum);
+  }
   BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(Packed a, Vec<Packed> b, Vec<Sum> sum) {
     return sum + a * b;
   }

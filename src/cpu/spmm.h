@@ -41,8 +41,15 @@ class Spmm {
   static constexpr int64_t kStripTokens = kTileVectors * kLanes<Sum>;
   // Outputs of a strip that are collected before they are transposed: whole cache lines.
   static constexpr int64_t kPanelOutputs = 32;
-  // A thread packs this many bytes of x at a time: a good part of its share of the caches.
-  static constexpr int64_t kChunkBytes = 1 << 20;
+  // Depth of the entries that rows take in turn: half of the first cache.
+  static constexpr int64_t kGroupDepth = 128 * Math::kDepth;
+  // The blocks are read once per chunk of x. While they stay in the last cache, a chunk that stays
+  // in the second is best; blocks that come from memory want few chunks, in the last cache.
+  static constexpr int64_t kCachedBytes = 8 << 20;
+  static constexpr int64_t kSmallChunkBytes = 512 << 10;
+  static constexpr int64_t kLargeChunkBytes = 10 << 20;
+  // Outputs from this size on are not kept in the caches.
+  static constexpr int64_t kStreamBytes = 256 << 10;
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
@@ -75,6 +82,8 @@ class Spmm {
         y_(args.output),
         block_elements_(desc.block.out * desc.block.in),
         block_stride_(desc.block.in / Math::kDepth),
+        stream_(streams(desc, args.output)),
+        group_(std::max<int64_t>(1, kGroupDepth / walk_.depth_block)),
         chunk_tokens_(chunk_strips(desc) * kStripTokens),
         chunk_(static_cast<Packed*>(workspace)) {}
 
@@ -87,12 +96,21 @@ class Spmm {
   static int64_t chunk_strips(const ProductDesc& desc) {
     const int64_t strips = (desc.tokens + kStripTokens - 1) / kStripTokens;
     const int64_t bytes = strip_elements(desc) * static_cast<int64_t>(sizeof(Packed));
-    return std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, bytes), 1, strips);
+    const int64_t blocks = desc.nnz * desc.block.out * desc.block.in * int64_t{sizeof(Storage)};
+    const int64_t chunk = blocks <= kCachedBytes ? kSmallChunkBytes : kLargeChunkBytes;
+    return std::clamp<int64_t>(chunk / std::max<int64_t>(1, bytes), 1, strips);
   }
   static int64_t chunk_bytes(const ProductDesc& desc) {
     const int64_t bytes =
         chunk_strips(desc) * strip_elements(desc) * static_cast<int64_t>(sizeof(Packed));
     return (bytes + 63) / 64 * 64;
+  }
+
+  static bool streams(const ProductDesc& desc, MutableDenseView y) {
+    constexpr int64_t kLine = kLanes<Sum> * int64_t{sizeof(Storage)};
+    const int64_t row_bytes = y.row_stride * int64_t{sizeof(Storage)};
+    return kLine == 64 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(y.data) % 64 == 0 &&
+           desc.tokens * row_bytes >= kStreamBytes;
   }
 
   // Outputs in whole panels, so that the parts have about the same number of blocks.
@@ -123,6 +141,7 @@ class Spmm {
     for (int64_t token = tokens.begin; token < tokens.end; token += chunk_tokens_) {
       run_chunk({token, std::min(tokens.end, token + chunk_tokens_)}, outputs);
     }
+    if (stream_) end_of_stream();
   }
 
   void run_chunk(Range tokens, Range outputs) const {
@@ -157,38 +176,58 @@ class Spmm {
     constexpr int kWidth = kVectors * kLanes<Sum>;
     alignas(64) Sum sums[kPanelOutputs * kWidth];
     for (int64_t output = outputs.begin; output < outputs.end;) {
-      const int64_t block = output / walk_.output_block;
       const int64_t row = output % walk_.output_block;
-      const int64_t rows =
-          std::min({int64_t{kTileRows}, walk_.output_block - row, outputs.end - output});
-      Sum* to = sums + (output - outputs.begin) * kWidth;
-      with_constant<kTileRows>(
-          rows, [&](auto constant) { run_tile<constant(), kVectors>(block, row, strip, to); });
+      const int64_t rows = std::min(walk_.output_block - row, outputs.end - output);
+      run_rows<kVectors>(output / walk_.output_block, row, rows, strip,
+                         sums + (output - outputs.begin) * kWidth);
       output += rows;
     }
-    unpack_strip<Math>(sums, kWidth, tokens, outputs.end - outputs.begin,
-                       bias_ == nullptr ? nullptr : bias_ + outputs.begin,
-                       static_cast<Storage*>(y_.data) + token * y_.row_stride + outputs.begin,
-                       y_.row_stride);
+    const auto unpack = stream_ ? unpack_strip<Math, true> : unpack_strip<Math, false>;
+    unpack(sums, kWidth, tokens, outputs.end - outputs.begin,
+           bias_ == nullptr ? nullptr : bias_ + outputs.begin,
+           static_cast<Storage*>(y_.data) + token * y_.row_stride + outputs.begin, y_.row_stride);
+  }
+
+  // Some rows of one output block. They take the same few entries in turn, so that what these need
+  // of the strip is read from the cache next to the core by all but the first.
+  template <int kVectors>
+  void run_rows(int64_t block, int64_t row, int64_t rows, const Packed* strip, Sum* sums) const {
+    constexpr int kWidth = kVectors * kLanes<Sum>;
+    const Range all{walk_.first[block], walk_.first[block + 1]};
+    Range entries{all.begin, all.begin};
+    do {
+      entries = {entries.end, std::min(all.end, entries.end + group_)};
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        with_constant<kTileRows>(std::min<int64_t>(kTileRows, rows - r), [&](auto constant) {
+          run_tile<constant(), kVectors>(entries, all.end - 1, entries.begin == all.begin, row + r,
+                                         strip, sums + r * kWidth);
+        });
+      }
+    } while (entries.end < all.end);
   }
 
   template <int kRows, int kVectors>
-  __attribute__((noinline)) void run_tile(int64_t block, int64_t row, const Packed* strip,
-                                          Sum* to) const {
+  __attribute__((noinline)) void run_tile(Range entries, int64_t last, bool first, int64_t row,
+                                          const Packed* strip, Sum* sums) const {
     constexpr int kWidth = kVectors * kLanes<Sum>;
     Tile<Math, kRows, kVectors> tile;
-    const int64_t end = walk_.first[block + 1];
-    for (int64_t entry = walk_.first[block]; entry < end; ++entry) {
+    if (!first) tile.load(sums, kWidth);
+    for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t number = kProduct == Product::forward ? entry : walk_.number[entry];
       const int64_t depth = walk_.depth[entry] * walk_.depth_block;
       const int64_t steps =
           (std::min(walk_.depth_block, walk_.depths - depth) + Math::kDepth - 1) / Math::kDepth;
       const Packed* values = values_ + number * block_elements_ / Math::kDepth +
                              (kAdjacentRows ? row : row * block_stride_);
+      // Each row of tiles fetches its share of what the group after this one needs.
+      const Packed* ahead =
+          strip +
+          walk_.depth[std::min(entry + group_, last)] * walk_.depth_block / Math::kDepth * kWidth +
+          row / kTileRows * steps * kLanes<Sum>;
       tile.multiply(Scalars<Packed, kAdjacentRows>{values, block_stride_},
-                    Vectors<Packed>{strip + depth / Math::kDepth * kWidth, kWidth}, steps);
+                    Vectors<Packed>{strip + depth / Math::kDepth * kWidth, kWidth, ahead}, steps);
     }
-    tile.store(to, kWidth);
+    tile.store(sums, kWidth);
   }
 
   Walk walk_;
@@ -198,6 +237,8 @@ class Spmm {
   MutableDenseView y_;
   int64_t block_elements_;
   int64_t block_stride_;
+  bool stream_;
+  int64_t group_;  // entries that the rows of a block take in turn
   int64_t chunk_tokens_;
   Packed* chunk_;
 };
