@@ -32,7 +32,7 @@ def linear(
 
     Args:
         input: ``[..., in_features]``, any strides.
-        values: ``[nnz, block_out, block_in]``, the blocks in BSR order, in the dtype of `input`.
+        values: ``[nnz, block_out, block_in]``, the blocks in BSR order; dtype, device as `input`.
         index: packed int32 index of the pattern (``Pattern.index``).
         bias: ``[out_features]`` or None.
         out_features: rows of the weight; the number of columns is ``input.shape[-1]``.
