@@ -201,7 +201,7 @@ class BlockSparseMatrix:
         """``X @ W``: `other` is ``[..., rows]``."""
         if not isinstance(other, Tensor):
             return NotImplemented
-        return ops.grad_input(other, self.values, self.pattern.index, self.shape[1])
+        return ops.left_linear(other, self.values, self.pattern.index, self.shape[1])
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
