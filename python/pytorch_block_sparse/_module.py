@@ -152,7 +152,7 @@ class PatternModule(nn.Module):
         self.values.grad = None
         self.values.data = self.values.new_empty((pattern.nnz, *self.block_shape))
         self._set_pattern(own(pattern))
-        refuse_old_state(self.values)
+        refuse_old_state(self)
 
 
 def own(pattern: Pattern) -> Pattern:

@@ -6,28 +6,30 @@ happened, and its fused ones write out of bounds. Here the step raises, and says
 """
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-_resized: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+# Modules, not their Parameters: torch.utils.swap_tensors refuses tensors that have weak references.
+_resized: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hooks: list[Any] = []
 
 
-def refuse_old_state(values: Tensor) -> None:
-    """Makes the step of an optimizer that holds moments of the old shape of `values` an error."""
-    _resized[id(values)] = values
+def refuse_old_state(module: nn.Module) -> None:
+    """Makes the step of an optimizer that holds moments of an old shape of `values` an error."""
+    _resized.add(module)
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check_state))
 
 
 def _check_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for values in list(_resized.values()):
+    for module in _resized:
+        values = cast(Tensor, module.values)
         if values not in optimizer.state:
             continue
         for name, moment in optimizer.state[values].items():
-            if isinstance(moment, Tensor) and moment.dim() == 3 and moment.shape != values.shape:
+            if isinstance(moment, Tensor) and moment.dim() == 3 and len(moment) != len(values):
                 raise RuntimeError(
                     f"optimizer: holds {name} {list(moment.shape)} for values that are now "
                     f"{list(values.shape)}, since load_state_dict brought another number of "
