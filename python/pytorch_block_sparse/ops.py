@@ -90,7 +90,13 @@ def _save(ctx: Any, input: Tensor, values: Tensor, index: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, values, index = ctx.saved_tensors
+    return _gradients_from(ctx, ctx.saved_tensors, grad_output)
+
+
+def _gradients_from(
+    ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    input, values, index = saved
     needs_input, needs_values, _, needs_bias = ctx.needs_input_grad[:4]
     return (
         grad_input(grad_output, values, index, ctx.in_features) if needs_input else None,
@@ -121,8 +127,9 @@ class _EagerLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated again
             return _gradients(ctx, grad_output)
+        saved = ctx.saved_tensors  # activation checkpointing recomputes here: not under the guard
         with torch._C._AutoDispatchBelowAutograd():
-            return _gradients(ctx, grad_output)
+            return _gradients_from(ctx, saved, grad_output)
 
 
 # --- autograd of the registered ops ---------------------------------------------------------------
