@@ -1,7 +1,7 @@
 """What a call costs on the host: a tiny layer (64 x 64, one token) against ``nn.Linear``.
 
 Targets: at most 3x in inference mode, at most 40 us more in forward + backward. Prints the median
-of short runs of both in turn, in CPU time of the process, so that a busy machine disturbs it little.
+of short runs of both in turn, in CPU time of the process, which a busy machine disturbs little.
 
 Usage: python benchmarks/overhead.py
 """

@@ -51,7 +51,7 @@ def strided(draw, shape, dtype):
 
 
 @given(data=st.data(), pattern=patterns(), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_products_equal_dense_ones(data, pattern, dtype):
     leading = data.draw(st.lists(st.integers(0, 7), max_size=3))
     out_features, in_features = pattern.shape
