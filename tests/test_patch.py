@@ -19,6 +19,15 @@ from pytorch_block_sparse import (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These products are too small for threads: waking them is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
