@@ -1,0 +1,85 @@
+// Compiled once per instruction set level, with the flags of that level and BLOCK_SPARSE_LEVEL as
+// its name. Everything instantiated here lives in a namespace of that name: the linker keeps one
+// copy of a function that several files define, and a copy with AVX-512 in it must never be the one
+// that the rest of the library calls.
+#include "cpu/level.h"
+
+#include "cpu/sddmm.h"
+#include "cpu/spmm.h"
+
+#define BLOCK_SPARSE_STRING_(name) #name
+#define BLOCK_SPARSE_STRING(name) BLOCK_SPARSE_STRING_(name)
+
+namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+namespace {
+
+bool supported() {
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+#endif
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+// Calls f with the Math that a product is computed in.
+template <class F>
+auto with_math(const ProductDesc& desc, const F& f) {
+  switch (desc.dtype) {
+    case Dtype::f64:
+      return f(Plain<double>());
+    case Dtype::f32:
+      return f(Plain<float>());
+    case Dtype::f16:
+      return f(Widened<Float16>());
+    case Dtype::bf16:
+      break;
+  }
+#ifdef __AVX512BF16__
+  // Pairs run along the depth and must not straddle its end. (Tokens are padded when packed.)
+  const bool in = desc.block.in % 2 == 0 && desc.in_features % 2 == 0;
+  const bool out = desc.block.out % 2 == 0 && desc.out_features % 2 == 0;
+  if (desc.product == Product::grad_weight || (desc.product == Product::forward ? in : out)) {
+    return f(Pairs());
+  }
+#endif
+  return f(Widened<BFloat16>());
+}
+
+// Calls f with an object of the class that computes a product in one dtype.
+template <class F>
+auto with_routine(const ProductDesc& desc, const F& f) {
+  return with_math(desc, [&](auto math) {
+    using Math = decltype(math);
+    switch (desc.product) {
+      case Product::forward:
+        return f(std::type_identity<Spmm<Math, Product::forward>>());
+      case Product::grad_input:
+        return f(std::type_identity<Spmm<Math, Product::grad_input>>());
+      case Product::grad_weight:
+        break;
+    }
+    return f(std::type_identity<Sddmm<Math>>());
+  });
+}
+
+int64_t workspace(const ProductDesc& desc, const Execution& execution) {
+  return with_routine(
+      desc, [&](auto routine) { return decltype(routine)::type::workspace(desc, execution); });
+}
+
+void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+  with_routine(desc, [&](auto routine) { decltype(routine)::type::run(desc, args, execution); });
+}
+
+}  // namespace
+
+extern const Level level;
+const Level level{BLOCK_SPARSE_STRING(BLOCK_SPARSE_LEVEL), supported, workspace, run};
+
+}  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL
