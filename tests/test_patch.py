@@ -417,6 +417,16 @@ def test_leaves_a_declared_tie_alone(attribute, inside):
         assert_left_alone(model, "head", "its weight is tied to embed.weight")
 
 
+def test_leaves_both_sides_of_a_declared_tie_alone():
+    model = Model()
+    model.all_tied_weights_keys = {"blocks.1.up.weight": "blocks.0.up.weight"}
+    patcher = BlockSparseModelPatcher()
+    patcher.add_pattern(r".*\.up")
+    with pytest.warns(UserWarning, match="left as it is") as caught:
+        assert patcher.patch_model(model) == []
+    assert [str(warning.message).split(":")[0] for warning in caught] == LINEAR[0:4:2]
+
+
 def test_leaves_a_declared_tie_of_old_transformers_alone():
     model = Model()
     model._tied_weights_keys = ["head.weight"]
