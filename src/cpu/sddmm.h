@@ -31,11 +31,12 @@ class Sddmm {
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-    return Sddmm(desc, {}, nullptr).part_bytes(parts(execution)) * parts(execution);
+    return Sddmm(desc, {}, nullptr).part_bytes(useful_threads(desc, execution)) *
+           useful_threads(desc, execution);
   }
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-    const int64_t count = parts(execution);
+    const int64_t count = useful_threads(desc, execution);
     parallel_for(execution, count, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t offset = part * Sddmm(desc, args, nullptr).part_bytes(count);
@@ -53,8 +54,6 @@ class Sddmm {
 
     int64_t panels() const { return (features + block - 1) / block; }
   };
-
-  static int64_t parts(const Execution& execution) { return std::max(1, execution.threads); }
   static int64_t round_up(int64_t value) { return (value + kLane - 1) / kLane * kLane; }
 
   // True where the outputs should be the lanes: inputs would leave more of them empty, or are so

@@ -34,11 +34,11 @@ class Spmm {
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-    return part_bytes(desc) * parts(execution);
+    return part_bytes(desc) * useful_threads(desc, execution);
   }
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-    const int64_t count = parts(execution);
+    const int64_t count = useful_threads(desc, execution);
     // Tokens are all alike, so splitting them balances any pattern; only few tokens do not suffice.
     int64_t token_parts = count;
     while (token_parts > 1 &&
@@ -67,8 +67,6 @@ class Spmm {
         chunk_(static_cast<Packed*>(workspace)),
         weights_(walk_, static_cast<const Storage*>(args.weight.values), desc.block,
                  chunk_ + chunk_strips(desc) * strip_elements(desc)) {}
-
-  static int64_t parts(const Execution& execution) { return std::max(1, execution.threads); }
 
   static int64_t strip_elements(const ProductDesc& desc) {
     const int64_t depths = kProduct == Product::forward ? desc.in_features : desc.out_features;
