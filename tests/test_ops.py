@@ -93,7 +93,7 @@ def test_every_op_is_checked_above():
 )
 def test_the_fake_of_index_banded_has_the_size_of_the_real_one(rows, cols, bandwidth):
     real = namespace.index_banded(rows, cols, bandwidth)
-    fake = ops._index_banded_fake(rows, cols, bandwidth)
+    fake = ops._fakes._index_banded_fake(rows, cols, bandwidth)
     assert fake.shape == real.shape and fake.dtype == real.dtype
 
 

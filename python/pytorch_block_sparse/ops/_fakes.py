@@ -1,0 +1,89 @@
+"""Fakes: the shapes of the ops' results, without the numbers.
+
+They check what would give a tensor of the wrong kind; sizes are checked when the op runs.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _index_size(block_rows: int, block_cols: int, nnz: int) -> int:
+    return block_rows + 1 + block_cols + 1 + 4 * nnz
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _check_fake(index: Tensor, **operands: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in operands.items() if tensor is not None}
+    first_name, first = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{name}: dtype is {tensor.dtype}, but {first_name} has {first.dtype}")
+    for name, tensor in {**given, "index": index}.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but {first_name} on {first.device}")
+
+
+@torch.library.register_fake("block_sparse::forward")
+def _forward_fake(
+    input: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    _check_fake(index, input=input, values=values, bias=bias)
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
+@torch.library.register_fake("block_sparse::grad_input")
+def _grad_input_fake(
+    grad_output: Tensor, values: Tensor, index: Tensor, in_features: int
+) -> Tensor:
+    _check_fake(index, grad_output=grad_output, values=values)
+    return grad_output.new_empty((*grad_output.shape[:-1], in_features))
+
+
+@torch.library.register_fake("block_sparse::grad_weight")
+def _grad_weight_fake(
+    grad_output: Tensor, input: Tensor, index: Tensor, block_out: int, block_in: int
+) -> Tensor:
+    _check_fake(index, grad_output=grad_output, input=input)
+    rows = _ceil_div(grad_output.shape[-1], block_out)
+    cols = _ceil_div(input.shape[-1], block_in)
+    nnz = (index.numel() - _index_size(rows, cols, 0)) // 4
+    return input.new_empty((nnz, block_out, block_in))
+
+
+@torch.library.register_fake("block_sparse::index_from_bsr")
+def _index_from_bsr_fake(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> Tensor:
+    if col_indices.device != crow_indices.device:
+        raise ValueError(
+            f"col_indices: is on {col_indices.device}, but crow_indices on {crow_indices.device}"
+        )
+    size = _index_size(crow_indices.numel() - 1, block_cols, col_indices.numel())
+    return crow_indices.new_empty(size)
+
+
+@torch.library.register_fake("block_sparse::index_from_mask")
+def _index_from_mask_fake(mask: Tensor) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size(min=2)  # depends on the mask's numbers
+    return mask.new_empty(size, dtype=torch.int32)
+
+
+@torch.library.register_fake("block_sparse::index_from_blocks")
+def _index_from_blocks_fake(blocks: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    size = _index_size(block_rows, block_cols, blocks.shape[0])
+    return blocks.new_empty(size, dtype=torch.int32)
+
+
+@torch.library.register_fake("block_sparse::index_random")
+def _index_random_fake(
+    block_rows: int, block_cols: int, nnz: int, seed: int, balanced: bool
+) -> Tensor:
+    return torch.empty(_index_size(block_rows, block_cols, nnz), dtype=torch.int32, device="cpu")
+
+
+@torch.library.register_fake("block_sparse::index_banded")
+def _index_banded_fake(block_rows: int, block_cols: int, bandwidth: int) -> Tensor:
+    diagonal = [r * block_cols // block_rows for r in range(block_rows)]
+    nnz = sum(min(block_cols, d + bandwidth + 1) - max(0, d - bandwidth) for d in diagonal)
+    return torch.empty(_index_size(block_rows, block_cols, nnz), dtype=torch.int32, device="cpu")
