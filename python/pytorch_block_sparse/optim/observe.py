@@ -1,0 +1,129 @@
+"""What passes through a layer: its inputs, and the gradient of blocks that it does not have.
+
+Hooks that live for a batch or a few; they change nothing that the layer computes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import ops
+from ..linear import BlockSparseLinear
+from .update import indices_of
+
+
+def all_reduce_(tensor: Tensor, group: Any = None) -> Tensor:
+    """Sums `tensor` over all ranks, in place; alone in the world it is left as it is."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+class InputSquares:
+    """Sum of squares of each input feature of a layer, over the tokens that pass.
+
+    Args:
+        layer: the layer to watch.
+        products: also sum x xt inside each block column: ``[block_cols, block_in, block_in]``.
+    """
+
+    def __init__(self, layer: BlockSparseLinear, *, products: bool = False) -> None:
+        self.layer = layer
+        device = layer.values.device
+        cols, width = layer.pattern.grid[1], layer.block_shape[1]
+        shape = (cols, width, width) if products else (cols, width)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, input: Tensor) -> None:
+        """Counts the tokens of `input`, ``[..., in_features]``."""
+        x = input.detach().reshape(-1, self.layer.in_features).float()
+        x = nn.functional.pad(x, (0, self.sum.shape[0] * self.sum.shape[1] - x.shape[1]))
+        x = x.view(len(x), *self.sum.shape[:2])
+        squares = torch.einsum("tci,tcj->cij", x, x) if self.sum.dim() == 3 else x.square().sum(0)
+        self.sum += squares
+        self.tokens += len(x)
+
+    def mean(self, group: Any = None) -> Tensor:
+        """float64, the mean over the tokens of all ranks; 0 where none was seen."""
+        return all_reduce_(self.sum.clone(), group) / all_reduce_(self.tokens.clone(), group).clamp(
+            min=1
+        )
+
+
+@contextmanager
+def watch_inputs(observers: list[InputSquares]) -> Iterator[None]:
+    """Inside, each forward of the layers is counted by their observers."""
+
+    def hook(observer: InputSquares) -> Any:
+        return lambda module, args: observer.add(args[0])
+
+    handles = [o.layer.register_forward_pre_hook(hook(o)) for o in observers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class CandidateGradients:
+    """The gradient of blocks that a layer lacks, as if they were there with weight 0.
+
+    It is exact and costs the existing product `grad_weight` on the pattern of the candidates; no
+    dense gradient is made. Sums over the backward passes until :meth:`remove`. A pass whose
+    gradient is not finite (a step that a GradScaler skips) is not counted.
+
+    Args:
+        layer: the layer to watch.
+        ids: int64 ``[n]``, ascending ids of the candidate blocks.
+    """
+
+    def __init__(self, layer: BlockSparseLinear, ids: Tensor) -> None:
+        self.layer = layer
+        self.ids = ids
+        self.inputs = InputSquares(layer)
+        self.passes = torch.zeros((), dtype=torch.float64, device=ids.device)
+        dtype = torch.promote_types(layer.values.dtype, torch.float32)
+        self.sum = torch.zeros((len(ids), *layer.block_shape), dtype=dtype, device=ids.device)
+        self._index = indices_of(ids, layer.pattern.grid)[2]
+        self._handle = layer.register_forward_hook(self._after_forward)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            input = args[0].detach()
+            output.register_hook(lambda gradient: self._add(input, gradient))
+
+    @torch.no_grad()
+    def _add(self, input: Tensor, gradient: Tensor) -> None:
+        x = input.to(gradient.dtype)
+        product = ops.grad_weight(gradient, x, self._index, *self.layer.block_shape)
+        finite = product.isfinite().all()
+        self.sum += torch.where(finite, product, 0)
+        self.passes += finite
+        self.inputs.add(input)
+
+    def remove(self) -> None:
+        """Takes the hook off the layer."""
+        self._handle.remove()
+
+    def norms(self, *, per_input_rms: bool = False, group: Any = None) -> Tensor:
+        """``[n]``: the 2-norm of the gradient of each candidate, summed over all ranks first.
+
+        With `per_input_rms` each column is divided by the root mean square of its input feature,
+        so that a few large features do not draw every block to them.
+        """
+        total = all_reduce_(self.sum.clone(), group)
+        if per_input_rms:
+            rms = self.inputs.mean(group).sqrt().to(total.dtype)
+            floor = (0.01 * rms.mean()).clamp(min=torch.finfo(rms.dtype).tiny)  # nearly dead ones
+            cols = self.ids % max(1, self.layer.pattern.grid[1])
+            total = total / rms.maximum(floor)[cols][:, None, :]
+        return torch.linalg.vector_norm(total, dim=(1, 2))
+
+    def seen(self, group: Any = None) -> bool:
+        """True if a finite gradient passed, on any rank."""
+        return bool(all_reduce_(self.passes.clone(), group) > 0)
