@@ -1,0 +1,43 @@
+"""Optimises the pattern of a block-sparse model while it learns.
+
+A method is applied to model and optimizer and stepped after the optimizer::
+
+    sparsifier = BlockSET(model, optimizer, total_steps=10_000)
+    for batch in batches:
+        loss(model, batch).backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+
+Each method is one file: ``block_set``, ``block_rigl``, ``gradual_magnitude``, ``block_movement``,
+``block_wanda``. They stand on ``sparsifier`` (when), ``scores`` and ``choose`` (which), ``observe``
+(what passes through a layer) and ``update`` (the change itself).
+"""
+
+from .block_movement import BlockMovement
+from .block_rigl import BlockRigL
+from .block_set import BlockSET
+from .block_wanda import BlockWanda
+from .distribution import layer_counts, layer_densities
+from .gradual_magnitude import GradualMagnitude
+from .schedule import Constant, Cosine, Cubic, Every
+from .sparsifier import Sparsifier
+from .update import Change, compact_, update_pattern_
+
+__all__ = [
+    "BlockMovement",
+    "BlockRigL",
+    "BlockSET",
+    "BlockWanda",
+    "Change",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Every",
+    "GradualMagnitude",
+    "Sparsifier",
+    "compact_",
+    "layer_counts",
+    "layer_densities",
+    "update_pattern_",
+]
