@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import scores
 from .choose import highest, without_nan
 from .schedule import Cubic, Every
-from .sparsifier import Sparsifier, SparseLayer
+from .sparsifier import SparseLayer, Sparsifier
 
 
 class BlockMovement(Sparsifier):

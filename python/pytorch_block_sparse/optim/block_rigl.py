@@ -26,8 +26,8 @@ class BlockRigL(BlockSET):
     2-norm are grown, each column divided by the root mean square of its input feature first: else
     a few outlier features draw every block to their columns. A share is grown at random.
 
-    Code under torch.compile runs eagerly in that one step, so that gradients can be watched; nothing
-    is compiled again.
+    Code under torch.compile runs eagerly in that one step, so that gradients can be watched;
+    nothing is compiled again.
 
     Args:
         model, optimizer, total_steps, every, end, score, new_values, seed, only, process_group:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import scores
 from .choose import lowest, random_sample, without_nan
 from .schedule import Cosine, Every, Schedule
-from .sparsifier import Sparsifier, SparseLayer
+from .sparsifier import SparseLayer, Sparsifier
 
 
 class BlockSET(Sparsifier):

@@ -1,7 +1,7 @@
 """BlockWanda: one shot. Scores blocks by weight and input on calibration data, keeps the best.
 
-Wanda (Sun et al., arXiv 2306.11695) summed over blocks. Always train on afterwards: at the densities
-and block sizes of this library one shot alone loses too much.
+Wanda (Sun et al., arXiv 2306.11695) summed over blocks. Always train on afterwards: at the
+densities and block sizes of this library one shot alone loses too much.
 """
 
 from collections.abc import Callable, Iterator

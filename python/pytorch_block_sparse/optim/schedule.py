@@ -43,7 +43,7 @@ class Every:
     def due(self, step: int) -> bool:
         """True if something is to be done at `step`."""
         return (
-            0 < step and self.begin <= step <= self.end and (step - self.begin) % self.interval == 0
+            step > 0 and self.begin <= step <= self.end and (step - self.begin) % self.interval == 0
         )
 
 

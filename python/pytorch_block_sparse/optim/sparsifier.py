@@ -1,4 +1,4 @@
-"""Sparsifier: what all methods share. It watches the optimizer's steps and calls the method when due.
+"""Sparsifier: what all methods share. It counts the optimizer's steps and acts when one is due.
 
 A method is a subclass in a file of its own. It says when (a schedule), and what is done to one
 layer or to all of them (:meth:`Sparsifier._update`). This file knows no scores.

@@ -124,12 +124,12 @@ def replace_blocks_(
 def compact_(
     layer: BlockSparseLinear, keep: Blocks, optimizer: torch.optim.Optimizer | None = None
 ) -> nn.Parameter:
-    """Removes all blocks but `keep` from memory. Changes nnz, so ``layer.values`` is a new Parameter.
+    """Removes all blocks but `keep` from memory: ``layer.values`` becomes a new Parameter.
 
-    The optimizer is remapped: the new Parameter takes the place of the old one in its param_groups,
-    and the state of the kept blocks goes with it, bit by bit. Whatever else holds the old Parameter
-    does not know: wrap the model in DDP again, capture CUDA graphs again; compiled code is compiled
-    once more.
+    The only function here that changes nnz. The optimizer is remapped: the new Parameter takes the
+    place of the old one in its param_groups, and the state of the kept blocks goes with it, bit by
+    bit. Whatever else holds the old Parameter does not know: wrap the model in DDP again, capture
+    CUDA graphs again; compiled code is compiled once more.
 
     Args:
         layer: the layer to change.
@@ -228,7 +228,7 @@ def block_state(optimizer: torch.optim.Optimizer | None, values: Tensor) -> list
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: LBFGS keeps flat vectors over all parameters, without blocks")
-    state: dict[str, Any] = optimizer.state[values] if values in optimizer.state else {}
+    state: dict[str, Any] = optimizer.state.get(values, {})
     tensors = []
     for name, item in state.items():
         plain = type(item) in (Tensor, nn.Parameter)
