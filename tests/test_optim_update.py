@@ -152,7 +152,7 @@ def test_quantised_and_flat_state_is_an_error():
     good = state["exp_avg"]
     for bad in (good.as_subclass(Quantised), good.flatten(), [good]):
         state["exp_avg"] = bad
-        with pytest.raises(TypeError, match="'exp_avg' as .* cannot follow the blocks"):
+        with pytest.raises(TypeError, match=r"'exp_avg' as .* cannot follow the blocks"):
             update_pattern_(layer, *choose(layer, 5), optimizer)
 
 
