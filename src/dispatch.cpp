@@ -9,21 +9,21 @@
 
 namespace block_sparse {
 
+// The CUDA library compiles this file again, for its own list.
 std::span<const Kernel> kernels(Backend backend) {
-  if (backend == Backend::cuda) {
 #ifdef BLOCK_SPARSE_WITH_CUDA
-    static const Kernel list[] = {
-        cuda::reference(),
-    };
-    return list;
-#else
-    return {};
-#endif
-  }
+  constexpr Backend built_for = Backend::cuda;
   static const Kernel list[] = {
+      cuda::reference(),
+  };
+#else
+  constexpr Backend built_for = Backend::cpu;
+  static const Kernel list[] = {
+      cpu::simd(),
       cpu::reference(),
   };
-  return list;
+#endif
+  return backend == built_for ? std::span<const Kernel>(list) : std::span<const Kernel>();
 }
 
 namespace {

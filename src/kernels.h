@@ -6,6 +6,7 @@
 namespace block_sparse {
 
 namespace cpu {
+Kernel simd();       // src/cpu/simd_kernel.cpp
 Kernel reference();  // src/reference.cpp
 }  // namespace cpu
 

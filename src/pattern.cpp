@@ -269,20 +269,27 @@ Pattern Pattern::random(int64_t block_rows, int64_t block_cols, int64_t nnz, uin
 Pattern Pattern::banded(int64_t block_rows, int64_t block_cols, int64_t bandwidth) {
   check_grid(block_rows, block_cols);
   check(bandwidth >= 0, "bandwidth: must be at least 0, got ", bandwidth);
+  const int64_t reach = std::min(bandwidth, block_cols);
+  const auto begin = [&](int64_t r) {
+    return std::max<int64_t>(0, r * block_cols / block_rows - reach);
+  };
+  const auto end = [&](int64_t r) {
+    return std::min(block_cols, r * block_cols / block_rows + reach + 1);
+  };
+  // Counted first: a band that overflows must not be built to be refused.
+  int64_t nnz = 0;
+  for (int64_t r = 0; r < block_rows; ++r) nnz += end(r) - begin(r);
+  check_nnz(nnz);
   BsrBuilder bsr;
+  bsr.col.reserve(static_cast<size_t>(nnz));
   for (int64_t r = 0; r < block_rows; ++r) {
-    const int64_t diagonal = r * block_cols / block_rows;
-    const int64_t begin = std::max<int64_t>(0, diagonal - bandwidth);
-    const int64_t end = std::min(block_cols, diagonal + bandwidth + 1);
-    for (int64_t c = begin; c < end; ++c) bsr.col.push_back(static_cast<int32_t>(c));
-    check_nnz(static_cast<int64_t>(bsr.col.size()));
+    for (int64_t c = begin(r); c < end(r); ++c) bsr.col.push_back(static_cast<int32_t>(c));
     bsr.end_row();
   }
   return Pattern(std::move(bsr.crow), std::move(bsr.col), block_cols);
 }
 
 Pattern Pattern::full(int64_t block_rows, int64_t block_cols) {
-  check_grid(block_rows, block_cols);
   return banded(block_rows, block_cols, block_cols);
 }
 

@@ -100,18 +100,28 @@ BLOCK_SPARSE_HOST_DEVICE inline A load(Float16 value) {
   return static_cast<A>(std::bit_cast<float>(sign | (wide << 23) | (mantissa << 13)));
 }
 
+// The bits of a float on the way to 16 bits. Rounding to nearest twice can be wrong, so what is
+// inexact is rounded to odd (towards zero, last bit set): the second rounding sees through that.
+BLOCK_SPARSE_HOST_DEVICE inline uint32_t float_bits_to_odd(double value) {
+  const auto nearest = static_cast<float>(value);
+  const auto bits = std::bit_cast<uint32_t>(nearest);
+  if (static_cast<double>(nearest) == value || value != value) return bits;
+  const bool away_from_zero = (static_cast<double>(nearest) > value) == (value > 0);
+  return (away_from_zero ? bits - 1 : bits) | 1u;
+}
+
 template <class T>
 BLOCK_SPARSE_HOST_DEVICE inline T store(double value) {
   if constexpr (std::is_floating_point_v<T>) {
     return static_cast<T>(value);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
+    const uint32_t bits = float_bits_to_odd(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) {  // NaN stays NaN: rounding could carry into infinity
       return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
     }
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
   } else {
-    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
+    const uint32_t bits = float_bits_to_odd(value);
     const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
     const uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) {

@@ -1,0 +1,33 @@
+# The CUDA kernels, as a static library for _C_cuda. Needs nvcc, and no GPU.
+if(CMAKE_VERSION VERSION_LESS 3.26)
+  message(FATAL_ERROR "CUDA needs CMake 3.26, the first that knows nvcc's C++20; this is "
+    "${CMAKE_VERSION} (pip install cmake)")
+endif()
+if(NOT CMAKE_CUDA_COMPILER)
+  find_program(BLOCK_SPARSE_NVCC nvcc HINTS /usr/local/cuda/bin)
+  if(BLOCK_SPARSE_NVCC)
+    set(CMAKE_CUDA_COMPILER ${BLOCK_SPARSE_NVCC})
+  endif()
+endif()
+# Machine code for Ampere and Ada (80) and for Hopper with its own instructions (90a), and PTX from
+# which the driver makes the rest: 75 for Turing, 90 for what comes after Hopper.
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 75-virtual 80-real 90a-real 90-virtual)
+endif()
+# One wheel serves machines with any CUDA runtime, or with none.
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+enable_language(CUDA)
+
+add_library(block_sparse_cuda STATIC
+  ${BLOCK_SPARSE_CORE_SOURCES}
+  src/cuda/index.cu
+  src/cuda/reference.cu
+)
+target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
+set_target_properties(block_sparse_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
+# relaxed-constexpr: device code calls std::bit_cast, which is constexpr and not marked __device__.
+target_compile_options(block_sparse_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
+    $<$<BOOL:${BLOCK_SPARSE_WERROR}>:-Xcompiler=-Werror --Werror=all-warnings>>)
+target_link_libraries(block_sparse_cuda PUBLIC block_sparse_flags)

@@ -1,0 +1,100 @@
+// Vectors of one instruction set level: load, store, transpose. Compiled once per level, inside a
+// namespace of its own (level.cpp says why). Written with the compiler's vector extensions, so that
+// one source serves every width. Knows nothing of blocks or products.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define BLOCK_SPARSE_INLINE __attribute__((always_inline)) inline
+
+namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Unaligned, all lanes.
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> load(const T* from) {
+  Vec<T> vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <class T>
+BLOCK_SPARSE_INLINE void store(T* to, Vec<T> vector) {
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// The first `count` lanes only; the others load as zero and are not stored.
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> load(const T* from, int64_t count) {
+  Vec<T> vector{};
+  for (int64_t i = 0; i < count; ++i) vector[i] = from[i];
+  return vector;
+}
+template <class T>
+BLOCK_SPARSE_INLINE void store(T* to, Vec<T> vector, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = vector[i];
+}
+
+// Lane i of the result is lane choose(i) of `first` followed by `second`.
+template <class T, class Choose>
+BLOCK_SPARSE_INLINE Vec<T> shuffle(Vec<T> first, Vec<T> second, Choose choose) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(first, second, choose(i)...);
+  }(std::make_integer_sequence<int, kLanes<T>>());
+}
+
+// Two rows of a transpose: `choose_first` makes the one that stays at i, `choose_second` the other.
+template <class T, int kStep, class First, class Second>
+BLOCK_SPARSE_INLINE void transpose_step(Vec<T> (&rows)[kLanes<T>], First choose_first,
+                                        Second choose_second) {
+#pragma GCC unroll 64
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((i & kStep) != 0) continue;
+    const Vec<T> first = rows[i], second = rows[i + kStep];
+    rows[i] = shuffle<T>(first, second, choose_first);
+    rows[i + kStep] = shuffle<T>(first, second, choose_second);
+  }
+}
+
+// Rows to columns, in registers. Inside 16-byte groups elements are interleaved, then whole groups
+// are dealt out: both are single, cheap instructions on every level.
+template <class T, int kStep = 8 / sizeof(T)>
+BLOCK_SPARSE_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>, kGroup = 16 / sizeof(T);
+  if constexpr (kStep < kGroup) {
+    const auto lower = [](int lane) constexpr {
+      return lane % 2 * L + lane / kGroup * kGroup + lane % kGroup / 2;
+    };
+    transpose_step<T, kStep>(rows, lower, [=](int lane) { return lower(lane) + kGroup / 2; });
+    transpose<T, kStep == 1 ? kGroup : kStep / 2>(rows);
+  } else if constexpr (kStep < L) {
+    const auto even = [](int lane) constexpr { return lane / kGroup * 2 * kGroup + lane % kGroup; };
+    transpose_step<T, kStep>(rows, even, [=](int lane) { return even(lane) + kGroup; });
+    transpose<T, kStep * 2>(rows);
+  }
+}
+
+}  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

@@ -1,0 +1,109 @@
+// Tile: the inner loop of every product. kRows x (kVectors vectors) of sums stay in registers while
+// steps of the depth go by: each step multiplies kRows scalars of the one operand with kVectors
+// vectors of the other. Knows nothing of patterns: a caller runs it block after block.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/math.h"
+
+namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+
+// The largest tile: its sums, one step's vectors and a broadcast scalar fill the registers, and a
+// step needs fewer loads (rows + vectors) than half its multiplications.
+inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
+inline constexpr int kTileVectors = 3;
+
+// Where the scalars of the one operand are: element (row, step) of a block.
+// kAdjacentRows: at step * stride + row; else at row * stride + step.
+template <class Packed, bool kAdjacentRows>
+struct Scalars {
+  const Packed* data;
+  int64_t stride;
+
+  BLOCK_SPARSE_INLINE Packed operator()(int row, int64_t step) const {
+    return kAdjacentRows ? data[step * stride + row] : data[row * stride + step];
+  }
+};
+
+// Where the vectors of the other are: side by side, or (Gathered) each somewhere else.
+template <class Packed>
+struct Vectors {
+  const Packed* data;
+  int64_t stride;  // from step to step
+
+  BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    return load(data + step * stride + v * kLanes<Packed>);
+  }
+};
+template <class Packed, int kVectors>
+struct GatheredVectors {
+  const Packed* data[kVectors];
+  int64_t stride;
+
+  BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    return load(data[v] + step * stride);
+  }
+};
+
+template <class Math, int kRows, int kVectors>
+struct Tile {
+  using Sum = typename Math::Sum;
+  using Packed = typename Math::Packed;
+  static constexpr int kWidth = kVectors * kLanes<Sum>;
+  // Few sums cannot hide the latency of an addition: they are kept in several sets.
+  static constexpr int kSets = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
+
+  Vec<Sum> sums[kSets][kRows][kVectors] = {};
+
+  template <class Scalars, class Vectors>
+  BLOCK_SPARSE_INLINE void multiply(const Scalars& scalars, const Vectors& vectors, int64_t steps) {
+    int64_t step = 0;
+    for (; step + kSets <= steps; step += kSets) {
+#pragma GCC unroll 4
+      for (int set = 0; set < kSets; ++set) multiply_step(sums[set], scalars, vectors, step + set);
+    }
+    for (; step < steps; ++step) multiply_step(sums[0], scalars, vectors, step);
+  }
+
+  // Row after row, `stride` elements apart.
+  BLOCK_SPARSE_INLINE void store(Sum* to, int64_t stride) const {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Vec<Sum> sum = sums[0][row][v];
+#pragma GCC unroll 4
+        for (int set = 1; set < kSets; ++set) sum += sums[set][row][v];
+        BLOCK_SPARSE_LEVEL::store(to + row * stride + v * kLanes<Sum>, sum);
+      }
+    }
+  }
+
+ private:
+  template <class Scalars, class Vectors>
+  BLOCK_SPARSE_INLINE static void multiply_step(Vec<Sum> (&sum)[kRows][kVectors],
+                                                const Scalars& scalars, const Vectors& vectors,
+                                                int64_t step) {
+    Vec<Packed> b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = vectors(v, step);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const Packed a = scalars(row, step);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[row][v] = Math::multiply_add(a, b[v], sum[row][v]);
+    }
+  }
+};
+
+// Calls f(std::integral_constant<int, n>) with the run-time n in [1, kMax].
+template <int kMax, class F>
+BLOCK_SPARSE_INLINE void with_constant(int64_t n, const F& f) {
+  if constexpr (kMax > 1) {
+    if (n < kMax) return with_constant<kMax - 1>(n, f);
+  }
+  f(std::integral_constant<int, kMax>());
+}
+
+}  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

@@ -1,0 +1,96 @@
+// The library _C_cuda: the CUDA side of the ops. It is built against any torch, with or without
+// CUDA, and loaded after _C, which has the schemas, where torch has CUDA.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <limits>
+#include <stdexcept>
+
+#include "binding.h"
+#include "block_sparse/check.h"
+#include "cuda/index.h"
+
+namespace block_sparse::binding {
+namespace {
+
+// libtorch_cuda is not linked, since a CPU-only torch lacks it: the one function that is needed is
+// looked up in the library that `import torch` has loaded.
+void* current_stream(int32_t device) {
+  using Getter = int32_t (*)(int32_t device, void** stream);
+  static const Getter get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Getter>(symbol);
+  }();
+  if (get == nullptr) throw std::runtime_error("block_sparse: this torch has no CUDA");
+  void* stream = nullptr;
+  if (get(device, &stream) != 0) {
+    throw std::runtime_error(concat("block_sparse: no current stream on cuda:", device));
+  }
+  return stream;
+}
+
+}  // namespace
+
+Backend Device::backend() { return Backend::cuda; }
+
+Execution Device::execution(const Tensor& tensor) {
+  Execution execution;
+  execution.stream = current_stream(tensor.get_device_index());
+  return execution;
+}
+
+// Looking at the indices would need a synchronisation: the kernels clamp what they read instead.
+void Device::check_index(const PatternView&) {}
+
+namespace {
+
+// Runs an op with the device of its first argument current: streams and launches belong to a
+// device, and torch makes none current for an op that is not its own.
+template <auto op>
+struct OnDevice;
+
+template <class Result, class... Rest, Result (*op)(const Tensor&, Rest...)>
+struct OnDevice<op> {
+  static Result call(const Tensor& first, Rest... rest) {
+    check(first.is_cuda(), "the first tensor argument is not on a GPU, but another one is");
+    const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+    return op(first, rest...);
+  }
+};
+
+// As on the CPU, but it checks sizes only, and the result never leaves the GPU.
+Tensor index_from_bsr(const Tensor& crow_indices, const Tensor& col_indices, int64_t block_cols) {
+  constexpr int64_t max_index = std::numeric_limits<int32_t>::max();
+  check_index_tensor("crow_indices", crow_indices);
+  check_index_tensor("col_indices", col_indices);
+  check(col_indices.is_cuda() && col_indices.get_device_index() == crow_indices.get_device_index(),
+        "col_indices: is on another device than crow_indices");
+  check(crow_indices.numel() >= 1, "crow_indices: is empty; it needs block_rows + 1 entries");
+  const GridShape grid{crow_indices.numel() - 1, block_cols, col_indices.numel()};
+  check(block_cols >= 0 && block_cols < max_index && grid.block_rows < max_index,
+        "pattern: the grid is ", grid.block_rows, " x ", block_cols,
+        " blocks; both must be in [0, 2^31 - 1)");
+  check(grid.nnz <= max_index && grid.nnz <= grid.block_rows * block_cols,
+        "col_indices: ", grid.nnz, " blocks do not fit a grid of ", grid.block_rows, " x ",
+        block_cols);
+  Tensor index = torch::stable::new_empty(crow_indices, {grid.index_size()});
+  cuda::build_index(static_cast<const int32_t*>(crow_indices.const_data_ptr()),
+                    static_cast<const int32_t*>(col_indices.const_data_ptr()), grid,
+                    static_cast<int32_t*>(index.mutable_data_ptr()),
+                    current_stream(index.get_device_index()));
+  return index;
+}
+
+}  // namespace
+}  // namespace block_sparse::binding
+
+namespace binding = block_sparse::binding;
+
+STABLE_TORCH_LIBRARY_IMPL(block_sparse, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&binding::OnDevice<&binding::forward>::call));
+  m.impl("grad_input", TORCH_BOX(&binding::OnDevice<&binding::grad_input>::call));
+  m.impl("grad_weight", TORCH_BOX(&binding::OnDevice<&binding::grad_weight>::call));
+  m.impl("explain", TORCH_BOX(&binding::OnDevice<&binding::explain>::call));
+  m.impl("index_from_bsr", TORCH_BOX(&binding::OnDevice<&binding::index_from_bsr>::call));
+}
