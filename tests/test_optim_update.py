@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optim_helpers import ADAPTIVE, dense_of, grid_of, mlp, train_step
+from optim_helpers import ADAPTIVE, dense_of, grid_of, mlp, one_thread, train_step  # noqa: F401
 from torch import nn
 
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern

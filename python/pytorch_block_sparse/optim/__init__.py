@@ -18,9 +18,11 @@ from .block_movement import BlockMovement
 from .block_rigl import BlockRigL
 from .block_set import BlockSET
 from .block_wanda import BlockWanda
+from .distillation import DistillationLoss, teacher_of
 from .distribution import layer_counts, layer_densities
 from .gradual_magnitude import GradualMagnitude
 from .schedule import Constant, Cosine, Cubic, Every
+from .sparse_optimizer import SparseOptimizer
 from .sparsifier import Sparsifier
 from .update import Change, compact_, update_pattern_
 
@@ -33,11 +35,14 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "DistillationLoss",
     "Every",
     "GradualMagnitude",
+    "SparseOptimizer",
     "Sparsifier",
     "compact_",
     "layer_counts",
     "layer_densities",
+    "teacher_of",
     "update_pattern_",
 ]

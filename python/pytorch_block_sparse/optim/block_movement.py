@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import scores
 from .choose import highest, without_nan
-from .schedule import Cubic, Every
+from .schedule import Cubic, Every, share_of
 from .sparsifier import SparseLayer, Sparsifier
 
 
@@ -83,8 +83,9 @@ class BlockMovement(Sparsifier):
             raise ValueError(f"floor: must be in (0, 1], got {floor}")
         if penalty < 0:
             raise ValueError(f"penalty: must not be negative, got {penalty}")
-        begin = int(0.1 * total_steps) if begin is None else begin
-        end = int(0.75 * total_steps) if end is None else end
+        earliest, latest = share_of(total_steps, 0.1), share_of(total_steps, 0.75)
+        begin = earliest if begin is None else begin
+        end = latest if end is None else end
         self.tau = Cubic(0.0, threshold, begin, end)
         last = begin + (end - begin) // every * every
         schedule = Every(every, begin, last)
@@ -99,7 +100,6 @@ class BlockMovement(Sparsifier):
             layer.name: torch.zeros(layer.module.block_count, device=layer.born.device)
             for layer in self.layers
         }
-        self._blocks = sum(layer.module.block_count for layer in self.layers)
         self._aside = {
             layer.name: layer.module.values.detach()[layer.dead] for layer in self.layers
         }
@@ -118,12 +118,13 @@ class BlockMovement(Sparsifier):
                 if layer.module.values.grad is not None:
                     layer.module.values.grad.index_fill_(0, layer.dead, 0)
             return
-        push = self.penalty * self.tau(self.steps) / self.threshold / self._blocks
+        blocks = sum(layer.start for layer in self.layers)
+        push = self.penalty * self.tau(self.steps) / self.threshold
         scale = getattr(self.optimizer, "grad_scale", None)  # fused, under a GradScaler
         for layer in self.layers:
             values, score = layer.module.values, self.scores[layer.name]
             soft = torch.sigmoid(score)
-            score.grad = push * soft * (1 - soft)
+            score.grad = push / blocks * soft * (1 - soft)
             if values.grad is None:
                 continue
             slope = scores.effect(values, values.grad)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .block_set import BlockSET
 from .choose import highest, random_sample, without_nan
 from .observe import CandidateGradients
-from .schedule import Schedule
-from .sparsifier import SparseLayer, eager_if_compiled
+from .schedule import Schedule, share_of
+from .sparsifier import SparseLayer
 
 
 class BlockRigL(BlockSET):
@@ -76,12 +76,12 @@ class BlockRigL(BlockSET):
             raise ValueError(f"candidates: must be at least 1, got {candidates}")
         if not 0 <= random_share <= 1:
             raise ValueError(f"random_share: must be in [0, 1], got {random_share}")
-        end = int(0.75 * total_steps) if end is None else end
+        latest = share_of(total_steps, 0.75)
+        end = latest if end is None else end
         self.candidates = candidates
         self.random_share = random_share
         self.normalise = normalise
         self._watched: dict[str, CandidateGradients] = {}
-        self._stance: Any = None
         super().__init__(
             model,
             optimizer,
@@ -107,16 +107,15 @@ class BlockRigL(BlockSET):
                 source = self._random(layer, "candidates", step)
                 ids = random_sample(self._absent(layer), int(self.candidates * count), source)
                 self._watched[layer.name] = CandidateGradients(layer.module, ids.sort().values)
-        if self._watched:
-            self._stance = eager_if_compiled()
 
     def _release(self) -> None:
         for watched in self._watched.values():
             watched.remove()
         self._watched = {}
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_watched"):  # the constructor may have raised
+            self._release()
 
     def _update(self) -> dict[str, int]:
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import scores
 from .choose import lowest, random_sample, without_nan
-from .schedule import Cosine, Every, Schedule
+from .schedule import Cosine, Every, Schedule, share_of
 from .sparsifier import SparseLayer, Sparsifier
 
 
@@ -64,7 +64,8 @@ class BlockSET(Sparsifier):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
-        end = int(0.75 * total_steps) if end is None else end
+        latest = share_of(total_steps, 0.75)
+        end = latest if end is None else end
         every = max(1, end // 80) if every is None else every
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")

@@ -13,7 +13,7 @@ from torch import nn
 from . import scores
 from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
-from .schedule import Cubic, Every
+from .schedule import Cubic, Every, share_of
 from .sparsifier import Sparsifier
 
 
@@ -76,8 +76,9 @@ class GradualMagnitude(Sparsifier):
             raise ValueError(
                 f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"
             )
-        begin = int(0.1 * total_steps) if begin is None else begin
-        end = int(0.7 * total_steps) if end is None else end
+        earliest, latest = share_of(total_steps, 0.1), share_of(total_steps, 0.7)
+        begin = earliest if begin is None else begin
+        end = latest if end is None else end
         every = max(1, (end - begin) // updates)
         last = begin + max(1, min(updates, (end - begin) // every)) * every
         self._progress = Cubic(1.0, 0.0, begin, min(end, last))  # (1 - progress)^3
@@ -89,14 +90,13 @@ class GradualMagnitude(Sparsifier):
             self._refuse_compaction_under_ddp()
         self.distribution = distribution
         self.compactions = compactions
-        self._start = {layer.name: layer.module.block_count for layer in self.layers}
         grids = {layer.name: layer.module.pattern.grid for layer in self.layers}
         self._final = layer_counts(grids, density, distribution)
-        for name, count in self._final.items():
-            if count > self._start[name]:
+        for layer in self.layers:
+            if self._final[layer.name] > layer.start:
                 raise ValueError(
-                    f"density: {name} would need {count} blocks, but has {self._start[name]}; "
-                    "patch the model at a higher density"
+                    f"density: {layer.name} would need {self._final[layer.name]} blocks, but has "
+                    f"{layer.start}; patch the model at a higher density"
                 )
 
     def compact(self) -> None:
@@ -116,8 +116,11 @@ class GradualMagnitude(Sparsifier):
             norm = without_nan(norm, layer.name).masked_fill(~layer.alive, -torch.inf)
             norms[layer.name] = norm
         counts = {
-            name: round(final + (self._start[name] - final) * self._progress(self.steps))
-            for name, final in self._final.items()
+            layer.name: round(
+                self._final[layer.name]
+                + (layer.start - self._final[layer.name]) * self._progress(self.steps)
+            )
+            for layer in self.layers
         }
         keep = keep_blocks(norms, counts, self.distribution)
         for layer in self.layers:

@@ -1,8 +1,11 @@
 """What passes through a layer: its inputs, and the gradient of blocks that it does not have.
 
-Hooks that live for a batch or a few; they change nothing that the layer computes.
+Hooks that live for a batch or a few; they change nothing that the layer computes. Compiled code
+does not call hooks that came after it: while one is there it runs eagerly, and is not compiled
+again.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +24,26 @@ def all_reduce_(tensor: Tensor, group: Any = None) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+class _Eager:
+    """Makes compiled code run eagerly while someone holds on; one for the process."""
+
+    holders = 0
+    stance: Any = None
+
+    @classmethod
+    def hold(cls) -> None:
+        cls.holders += 1
+        if cls.stance is None and "torch._dynamo" in sys.modules:  # else nothing is compiled
+            cls.stance = torch.compiler.set_stance("force_eager")
+
+    @classmethod
+    def release(cls) -> None:
+        cls.holders -= 1
+        if cls.holders == 0 and cls.stance is not None:
+            cls.stance.__exit__(None, None, None)
+            cls.stance = None
 
 
 class InputSquares:
@@ -63,9 +86,11 @@ def watch_inputs(observers: list[InputSquares]) -> Iterator[None]:
         return lambda module, args: observer.add(args[0])
 
     handles = [o.layer.register_forward_pre_hook(hook(o)) for o in observers]
+    _Eager.hold()
     try:
         yield
     finally:
+        _Eager.release()
         for handle in handles:
             handle.remove()
 
@@ -91,6 +116,7 @@ class CandidateGradients:
         self.sum = torch.zeros((len(ids), *layer.block_shape), dtype=dtype, device=ids.device)
         self._index = indices_of(ids, layer.pattern.grid)[2]
         self._handle = layer.register_forward_hook(self._after_forward)
+        _Eager.hold()
 
     def _after_forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         if output.requires_grad:
@@ -107,8 +133,9 @@ class CandidateGradients:
         self.inputs.add(input)
 
     def remove(self) -> None:
-        """Takes the hook off the layer."""
+        """Takes the hook off the layer. To be called once."""
         self._handle.remove()
+        _Eager.release()
 
     def norms(self, *, per_input_rms: bool = False, group: Any = None) -> Tensor:
         """``[n]``: the 2-norm of the gradient of each candidate, summed over all ranks first.

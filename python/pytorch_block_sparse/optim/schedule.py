@@ -20,6 +20,13 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be in [0, 1], got {value!r}")
 
 
+def share_of(total_steps: int, share: float) -> int:
+    """The step at which `share` of the training is done."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps: must be a positive int, got {total_steps!r}")
+    return int(share * total_steps)
+
+
 @dataclass(frozen=True)
 class Every:
     """Which steps are due: every `interval` steps, from `begin` up to and including `end`.

@@ -15,8 +15,8 @@ The order in a training step, which every method keeps::
 step that a GradScaler skipped nothing happens.
 """
 
-import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..linear import BlockSparseLinear
 from .choose import generator
 from .schedule import Every
-from .update import Change, block_ids, block_state, compact_, holds, replace_blocks_
+from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _CALLS_BEFORE_WARNING = 100
@@ -44,6 +44,7 @@ class SparseLayer:
         born: int64 ``[nnz]``, the step at which each block was grown; 0: there from the start.
         alive: bool ``[nnz]``; False where a block is held at zero until the next compaction.
         dead: int64, ascending: positions of the blocks that are not alive.
+        start: number of blocks when the sparsifier was made.
     """
 
     name: str
@@ -51,13 +52,14 @@ class SparseLayer:
     born: Tensor
     alive: Tensor
     dead: Tensor
+    start: int
 
     @classmethod
     def of(cls, name: str, module: BlockSparseLinear) -> "SparseLayer":
         """A layer whose blocks were all there from the start, and are alive."""
         nnz, device = module.block_count, module.values.device
         born = torch.zeros(nnz, dtype=torch.int64, device=device)
-        return cls(name, module, born, torch.ones_like(born, dtype=torch.bool), born[:0])
+        return cls(name, module, born, torch.ones_like(born, dtype=torch.bool), born[:0], nnz)
 
     def set_alive(self, alive: Tensor) -> None:
         """Says which blocks are alive."""
@@ -145,8 +147,9 @@ class Sparsifier:
         self._stepped = False
         self._calls_in_vain = 0
         if self.optimizer is not None:
-            self.optimizer.register_step_pre_hook(self._before_optimizer_step)
-            self.optimizer.register_step_post_hook(self._after_optimizer_step)
+            # Weakly: an optimizer must not keep a sparsifier alive that its user has dropped.
+            self.optimizer.register_step_pre_hook(_weak_hook(self._before_optimizer_step))
+            self.optimizer.register_step_post_hook(_weak_hook(self._after_optimizer_step))
 
     def _choose_layers(
         self, model: nn.Module, only: Callable[[str], bool] | None
@@ -253,12 +256,13 @@ class Sparsifier:
         """Called after each real optimizer step, update or not."""
 
     def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:
-        return {"born": layer.born.clone(), "alive": layer.alive.clone()}
+        return {"born": layer.born.clone(), "alive": layer.alive.clone(), "start": layer.start}
 
     def _load_layer_state(self, layer: SparseLayer, state: dict[str, Any]) -> None:
         device = layer.module.values.device
         layer.born = state["born"].to(device, copy=True)
         layer.set_alive(state["alive"].to(device, copy=True))
+        layer.start = state["start"]
 
     # --- for a method to use ----------------------------------------------------------------------
 
@@ -269,9 +273,7 @@ class Sparsifier:
 
     def _absent(self, layer: SparseLayer) -> Tensor:
         """int64, ascending: ids of the blocks that the layer does not have."""
-        absent = torch.ones(layer.cells, dtype=torch.bool, device=layer.born.device)
-        absent[block_ids(layer.module.pattern)] = False
-        return absent.nonzero().squeeze(1)
+        return absent_ids(layer.module.pattern)
 
     def _replace(
         self, layer: SparseLayer, positions: Tensor, ids: Tensor, new_values: Tensor | None = None
@@ -312,14 +314,12 @@ class Sparsifier:
 
     # --- inner works ------------------------------------------------------------------------------
 
-    def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not _skipped(optimizer):
-            with torch.no_grad():
-                self._collect()
+    def _before_optimizer_step(self) -> None:
+        with torch.no_grad():
+            self._collect()
 
-    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not _skipped(optimizer):
-            self._stepped = True
+    def _after_optimizer_step(self) -> None:
+        self._stepped = True
 
     def _run_update(self) -> dict[str, Any]:
         before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
@@ -368,17 +368,19 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
     return optimizer
 
 
+def _weak_hook(method: Callable[[], None]) -> Callable[[Any, Any, Any], None]:
+    """Calls `method` in each step that is not skipped, as long as its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+        target = reference()
+        if target is not None and not _skipped(optimizer):
+            target()
+
+    return hook
+
+
 def _skipped(optimizer: Any) -> bool:
     """True inside a step that a fused optimizer skips because its GradScaler found inf."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
-
-
-def eager_if_compiled() -> Any:
-    """Makes compiled code run eagerly until ``__exit__``, since it does not call new hooks.
-
-    Nothing is compiled again afterwards. None if nothing was compiled in this process.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return None
-    return torch.compiler.set_stance("force_eager")

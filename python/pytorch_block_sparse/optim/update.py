@@ -189,6 +189,14 @@ def block_ids(pattern: Pattern) -> Tensor:
     return pattern.row_indices.long() * pattern.grid[1] + pattern.col_indices
 
 
+def absent_ids(pattern: Pattern) -> Tensor:
+    """int64, ascending: the ids of the blocks that are not present."""
+    rows, cols = pattern.grid
+    absent = torch.ones(rows * cols, dtype=torch.bool, device=pattern.device)
+    absent[block_ids(pattern)] = False
+    return absent.nonzero().squeeze(1)
+
+
 def indices_of(ids: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """crow_indices, col_indices and packed index of ascending block ids, on their device."""
     rows, cols = grid
