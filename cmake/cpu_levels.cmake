@@ -5,16 +5,19 @@ function(block_sparse_cpu_level name)
   target_link_libraries(block_sparse_cpu_${name} PRIVATE block_sparse_flags)
   # contract: a * b + c is one fused instruction where there is one (ISO mode would forbid it).
   # psabi: vectors are only passed between inlined functions.
+  # maybe-uninitialized: GCC 12 says it of its own headers (its bug 105593).
   target_compile_options(block_sparse_cpu_${name} PRIVATE
-    -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi ${ARGN})
+    -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi
+    -Wno-maybe-uninitialized ${ARGN})
   target_compile_definitions(block_sparse_cpu_${name} PRIVATE BLOCK_SPARSE_LEVEL=${name})
   target_sources(block_sparse_core PRIVATE $<TARGET_OBJECTS:block_sparse_cpu_${name}>)
 endfunction()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(AVX2 -mavx2 -mfma -mf16c -mbmi2)
-  block_sparse_cpu_level(avx512 ${AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
-    -mprefer-vector-width=512)
+  set(AVX512 ${AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+  block_sparse_cpu_level(avx512_bf16 ${AVX512} -mavx512bf16)
+  block_sparse_cpu_level(avx512 ${AVX512})
   block_sparse_cpu_level(avx2 ${AVX2})
 endif()
 block_sparse_cpu_level(baseline)

@@ -1,22 +1,17 @@
 """BlockSparseLinear: a drop-in for ``torch.nn.Linear`` whose weight is block sparse."""
 
 import math
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._module import DTYPES, PatternModule, own
 from .matrix import BlockSparseMatrix, largest_blocks
 from .pattern import Pattern, check_block_shape, check_density, grid_shape
 
-# Derived from the pattern; never cast, never made up: see `_apply`.
-_INDEX_BUFFERS = ("crow_indices", "col_indices", "_index")
 
-
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(PatternModule):
     """``y = x Wt + bias`` where only the blocks of the pattern of W are stored and multiplied.
 
     Args:
@@ -43,6 +38,10 @@ class BlockSparseLinear(nn.Module):
     The values are drawn uniformly from +-1/sqrt(n) where n is the number of inputs that are present
     in the block row, so that each output has the variance that it has in a dense ``nn.Linear``.
 
+    ``load_state_dict`` adopts the pattern of the checkpoint, also one with another number of blocks
+    (same ``values`` object, its gradient cleared). An optimizer that already holds moments of the
+    old shape then refuses to step: load its state too, or ``optimizer.state.pop(layer.values)``.
+
     Example:
         >>> import torch
         >>> from pytorch_block_sparse import BlockSparseLinear
@@ -52,10 +51,6 @@ class BlockSparseLinear(nn.Module):
         >>> layer.block_count
         26
     """
-
-    crow_indices: Tensor
-    col_indices: Tensor
-    _index: Tensor
 
     def __init__(
         self,
@@ -73,38 +68,32 @@ class BlockSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_density(density)
-        dense = None
-        if torch_nn_linear is not None:
-            dense = _dense_of(torch_nn_linear)
-            in_features = _same_size("in_features", in_features, torch_nn_linear)
-            out_features = _same_size("out_features", out_features, torch_nn_linear)
-            bias = dense.bias is not None
-        shape = (
-            _check_features("out_features", out_features),
-            _check_features("in_features", in_features),
-        )
-        if pattern is not None and pattern.shape != shape:
-            raise ValueError(
-                f"pattern: is of shape {pattern.shape}, but the layer (out_features, in_features) "
-                f"is {shape}"
-            )
+        dense = torch_nn_linear
         if dense is not None:
+            _check_dense(dense, device)
+            in_features = _same_size("in_features", in_features, dense)
+            out_features = _same_size("out_features", out_features, dense)
+            bias = dense.bias is not None
             device = dense.weight.device if device is None else device
             dtype = dense.weight.dtype if dtype is None else dtype
-        if pattern is None:
-            block_shape = check_block_shape(block_shape)
-            if dense is not None and not dense.weight.is_meta:
-                pattern = largest_blocks(dense.weight, block_shape, density)
-            else:
-                pattern = Pattern.random(shape, density, block_shape)
+        _check_features("in_features", in_features)
+        _check_features("out_features", out_features)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        shape = (out_features, in_features)
+        if pattern is not None:
+            pattern = own(_check_pattern(pattern, shape))
+        elif dense is None or dense.weight.is_meta:
+            pattern = Pattern.random(shape, density, check_block_shape(block_shape))
+        else:
+            pattern = largest_blocks(dense.weight, check_block_shape(block_shape), density)
 
-        device = torch.get_default_device() if device is None else torch.device(device)
         self.in_features = in_features
         self.out_features = out_features
         self.block_shape = pattern.block_shape
-        self.values = nn.Parameter(
-            torch.empty((pattern.nnz, *pattern.block_shape), device=device, dtype=dtype)
-        )
+        size = (pattern.nnz, *pattern.block_shape)
+        self.values = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.bias: nn.Parameter | None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -115,9 +104,10 @@ class BlockSparseLinear(nn.Module):
             self.reset_parameters()
         elif not self.values.is_meta:
             with torch.no_grad():
-                matrix = BlockSparseMatrix.from_dense(dense.weight, pattern=pattern)
-                self.values.copy_(matrix.values)
-                if self.bias is not None and dense.bias is not None:
+                self.values.copy_(
+                    BlockSparseMatrix.from_dense(dense.weight, pattern=pattern).values
+                )
+                if self.bias is not None:
                     self.bias.copy_(dense.bias)
         if verbose:
             print(self)
@@ -175,6 +165,10 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"input: must be [..., in_features={self.in_features}], got {list(input.shape)}"
+            )
         return ops.linear(input, self.values, self._index, self.bias, self.out_features)
 
     def explain(self, tokens: int, product: str = "forward") -> str:
@@ -224,17 +218,6 @@ class BlockSparseLinear(nn.Module):
     # --- what it is -------------------------------------------------------------------------------
 
     @property
-    def pattern(self) -> Pattern:
-        """Which blocks are present; shares memory with the layer."""
-        return Pattern(
-            self.crow_indices,
-            self.col_indices,
-            self._index,
-            (self.out_features, self.in_features),
-            self.block_shape,
-        )
-
-    @property
     def weight(self) -> BlockSparseMatrix:
         """The weight as a matrix, ``[out_features, in_features]``; shares memory with the layer."""
         return BlockSparseMatrix(self.values, self.pattern)
@@ -257,124 +240,23 @@ class BlockSparseLinear(nn.Module):
             f"block_shape={self.block_shape}, block_count={self.block_count}"
         )
 
-    # --- the pattern's buffers --------------------------------------------------------------------
 
-    def _set_pattern(self, pattern: Pattern) -> None:
-        """Makes `pattern` the layer's, on the device of `values`; its nnz is that of `values`."""
-        device = self.values.device
-        # A module on the meta device has no numbers: what it will need is kept on the host.
-        self._host_pattern = pattern.to("cpu") if device.type == "meta" else None
-        moved = pattern.to(device)
-        self.register_buffer("crow_indices", moved.crow_indices)
-        self.register_buffer("col_indices", moved.col_indices)
-        self.register_buffer("_index", moved.index, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
-        # Indices follow the device of `values` and nothing else: .half() must not touch them, and
-        # to_empty() would make them garbage.
-        pattern = self._host_pattern or self.pattern
-        for name in _INDEX_BUFFERS:
-            del self._buffers[name]
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._set_pattern(pattern)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Adopts the pattern of the checkpoint. A checkpoint that does not fit changes nothing."""
-        names = ["values", "crow_indices", "col_indices"]
-        if self.bias is not None:
-            names.append("bias")
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
-        missing_keys.extend(missing)
-        if strict:
-            known = {prefix + name for name in names}
-            unexpected_keys.extend(
-                key for key in state_dict if key.startswith(prefix) and key not in known
-            )
-        if {prefix + name for name in names[:3]} & set(missing):
-            return  # values and indices mean something only together
-        values, bias = state_dict[prefix + "values"], state_dict.get(prefix + "bias")
-        try:
-            pattern = Pattern.from_bsr(
-                state_dict[prefix + "crow_indices"],
-                state_dict[prefix + "col_indices"],
-                (self.out_features, self.in_features),
-                self.block_shape,
-            )
-            self._check_checkpoint(values, bias if self.bias is not None else None, pattern)
-        except (TypeError, ValueError, RuntimeError) as error:
-            error_msgs.append(f"While loading {prefix or 'a BlockSparseLinear'}: {error}")
-            return
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        with torch.no_grad():
-            self._load_values(values, assign)
-            self._adopt_pattern(pattern)
-            if self.bias is not None and bias is not None:
-                if assign:
-                    self.bias = _as_parameter(bias, self.bias)
-                else:
-                    self.bias.copy_(bias)
-
-    def _check_checkpoint(self, values: Tensor, bias: Tensor | None, pattern: Pattern) -> None:
-        wanted = (pattern.nnz, *self.block_shape)
-        if tuple(values.shape) != wanted:
-            raise ValueError(f"values: must be {list(wanted)}, got {list(values.shape)}")
-        if not values.is_floating_point():
-            raise ValueError(f"values: must be floating point, got {values.dtype}")
-        if bias is not None and tuple(bias.shape) != (self.out_features,):
-            raise ValueError(f"bias: must be [{self.out_features}], got {list(bias.shape)}")
-
-    def _load_values(self, values: Tensor, assign: bool) -> None:
-        if assign:
-            self.values = _as_parameter(values, self.values)
-        elif self.values.is_meta:
-            warnings.warn(
-                "values: loading into a BlockSparseLinear on the meta device does nothing; use "
-                "load_state_dict(..., assign=True) or to_empty() first",
-                stacklevel=2,
-            )
-        elif values.shape == self.values.shape:
-            self.values.copy_(values)
-        else:
-            # The same Parameter object, so that an optimizer made before goes on training it.
-            self.values.grad = None
-            self.values.data = values.to(self.values, copy=True)
-
-    def _adopt_pattern(self, pattern: Pattern) -> None:
-        """In place where the number of blocks allows it, so that captured graphs see it."""
-        if self.values.is_meta:
-            if self.block_count == pattern.nnz:
-                self._host_pattern = pattern.to("cpu")
-        elif self.col_indices.is_meta or self.col_indices.numel() != pattern.nnz:
-            self._set_pattern(pattern)
-        else:
-            self.crow_indices.copy_(pattern.crow_indices)
-            self.col_indices.copy_(pattern.col_indices)
-            self._index.copy_(pattern.index)
+def _check_pattern(pattern: Pattern, shape: tuple[int, int]) -> Pattern:
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern: must be a Pattern, got {type(pattern).__name__}")
+    if pattern.shape != shape:
+        raise ValueError(
+            f"pattern: must have the shape of the layer, (out_features, in_features) = {shape}, "
+            f"got {pattern.shape}"
+        )
+    return pattern
 
 
-class _Dense(NamedTuple):
-    """Weight and bias of a dense layer, detached."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-def _dense_of(linear: nn.Linear) -> _Dense:
+def _check_dense(linear: nn.Linear, device: torch.device | str | None) -> None:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"torch_nn_linear: must be a torch.nn.Linear, got {type(linear).__name__}")
-    return _Dense(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+    if linear.weight.is_meta and device is not None and torch.device(device).type != "meta":
+        raise ValueError(f"torch_nn_linear: is on the meta device, has no numbers for {device!r}")
 
 
 def _same_size(name: str, value: int, linear: nn.Linear) -> int:
@@ -384,13 +266,6 @@ def _same_size(name: str, value: int, linear: nn.Linear) -> int:
     return size
 
 
-def _check_features(name: str, value: int) -> int:
+def _check_features(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         raise ValueError(f"{name}: must be an int in [0, 2^31), got {value!r}")
-    return value
-
-
-def _as_parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=like.requires_grad)

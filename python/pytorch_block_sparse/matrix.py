@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .pattern import Pattern, check_shape, count_for_density, grid_shape
+from .pattern import Pattern, check_block_shape, check_shape, count_for_density, grid_shape
 
 
 class BlockSparseMatrix:
@@ -33,6 +33,8 @@ class BlockSparseMatrix:
     _is_hf_initialized = True
 
     def __init__(self, values: Tensor, pattern: Pattern) -> None:
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values: must be a tensor, got {type(values).__name__}")
         wanted = (pattern.nnz, *pattern.block_shape)
         if tuple(values.shape) != wanted:
             raise ValueError(f"values: must be {list(wanted)}, got {list(values.shape)}")
@@ -61,8 +63,7 @@ class BlockSparseMatrix:
             pattern = Pattern.from_blocks(blocks, shape, block_shape)
         elif n_blocks is not None:
             cells = Pattern.full(shape, block_shape).nnz
-            if not 0 < n_blocks <= cells:
-                raise ValueError(f"n_blocks: must be in [1, {cells}], got {n_blocks}")
+            _check_count("n_blocks", n_blocks, cells)
             pattern = Pattern.random(shape, n_blocks / cells, block_shape)
         else:
             pattern = Pattern.full(shape, block_shape)
@@ -120,10 +121,15 @@ class BlockSparseMatrix:
         The magnitude of a block is its L1 norm; of equal ones the first is kept. By default
         (neither is given) every block is kept. The values are a copy, and differentiable.
         """
+        if not isinstance(dense, Tensor):
+            raise TypeError(f"dense: must be a tensor, got {type(dense).__name__}")
         if dense.dim() != 2:
             raise ValueError(f"dense: must have two dimensions, got {dense.dim()}")
         shape = (dense.shape[0], dense.shape[1])
+        if pattern is not None and block_count is not None:
+            raise ValueError("block_count: give either block_count or pattern, not both")
         if pattern is None:
+            block_shape = check_block_shape(block_shape)
             grid = grid_shape(shape, block_shape)
             if block_count is None:
                 pattern = Pattern.full(shape, block_shape)
@@ -142,6 +148,8 @@ class BlockSparseMatrix:
 
         (int64 indices are converted to int32, which copies them.)
         """
+        if not isinstance(bsr, Tensor):
+            raise TypeError(f"bsr: must be a sparse_bsr tensor, got {type(bsr).__name__}")
         if bsr.layout != torch.sparse_bsr or bsr.dim() != 2:
             raise ValueError(
                 f"bsr: must be a sparse_bsr tensor of two dimensions, got {bsr.layout} of "
@@ -201,12 +209,13 @@ class BlockSparseMatrix:
         """``X @ W``: `other` is ``[..., rows]``."""
         if not isinstance(other, Tensor):
             return NotImplemented
-        return ops.grad_input(other, self.values, self.pattern.index, self.shape[1])
+        return ops.left_linear(other, self.values, self.pattern.index, self.shape[1])
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         """Lets ``tensor @ matrix`` reach :meth:`__rmatmul__`; nothing else takes a matrix."""
-        if func in (torch.Tensor.__matmul__, torch.matmul, torch.Tensor.matmul):
+        functions = (torch.Tensor.__matmul__, torch.matmul, torch.Tensor.matmul)
+        if func in functions and len(args) == 2 and not kwargs:
             left, right = args
             return left.__matmul__(right) if isinstance(left, cls) else right.__rmatmul__(left)
         return NotImplemented
@@ -254,6 +263,11 @@ class BlockSparseMatrix:
         )
 
 
+def _check_count(name: str, count: int, cells: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= cells:
+        raise ValueError(f"{name}: must be an int in [1, {cells}], got {count!r}")
+
+
 def _blocks_of(dense: Tensor, block_shape: tuple[int, int]) -> Tensor:
     """`dense` as ``[block_rows, block_cols, block_out, block_in]``, padded with zeros."""
     rows, cols = grid_shape((dense.shape[0], dense.shape[1]), block_shape)
@@ -268,8 +282,7 @@ def _largest_blocks(
     dense: Tensor, block_shape: tuple[int, int], count: int, grid: tuple[int, int]
 ) -> Pattern:
     cells = grid[0] * grid[1]
-    if not 0 < count <= cells:
-        raise ValueError(f"block_count: must be in [1, {cells}], got {count}")
+    _check_count("block_count", count, cells)
     scores = _blocks_of(dense.detach(), block_shape).abs().sum(dim=(2, 3), dtype=torch.float64)
     order = torch.sort(scores.flatten(), descending=True, stable=True).indices
     mask = torch.zeros(cells, dtype=torch.bool, device=dense.device)

@@ -4,16 +4,27 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ._module import DTYPES
 from .linear import BlockSparseLinear
 from .pattern import check_block_shape, check_density
 from .reference import PseudoBlockSparseLinear
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,17 @@ class BlockSparseModelPatcher:
         Raises:
             ValueError: a bad expression, an unknown key, or a value out of range.
         """
+        if not isinstance(patch_info, (dict, type(None))):
+            raise TypeError(f"patch_info: must be a dict, got {type(patch_info).__name__}")
         info = dict(patch_info or {})
-        unknown = set(info) - {"density", "block_shape", "pseudo_linear"}
+        unknown = info.keys() - {"density", "block_shape", "pseudo_linear"}
         if unknown:
             raise ValueError(
-                f"patch_info: unknown {sorted(unknown)}; known are density, block_shape and "
-                "pseudo_linear"
+                f"patch_info: unknown {sorted(map(str, unknown))}; known are density, block_shape "
+                "and pseudo_linear"
             )
+        if not isinstance(pattern, str):
+            raise TypeError(f"pattern: must be a string, got {type(pattern).__name__}")
         try:
             re.compile(pattern)
         except re.error as error:
@@ -80,12 +95,17 @@ class BlockSparseModelPatcher:
         rule = _Rule(pattern, **info)
         check_density(rule.density)
         check_block_shape(rule.block_shape)
+        if not isinstance(rule.pseudo_linear, bool):
+            raise ValueError(f"pseudo_linear: must be True or False, got {rule.pseudo_linear!r}")
         self._rules.append(rule)
 
     def get_patchable_layers(self, model: nn.Module) -> list[dict[str, Any]]:
         """The layers that can be replaced: dicts of ``regexp`` (for add_pattern) and ``layer``."""
+        tied = _tied_parameters(model)
         return [
-            {"regexp": re.escape(name), "layer": module} for name, module in _linear_layers(model)
+            {"regexp": re.escape(names[0]), "layer": layer}
+            for layer, names in _linear_layers(model).items()
+            if _why_not(layer, names, tied) is None
         ]
 
     def patch_model(self, model: nn.Module) -> list[PatchedLayer]:
@@ -99,33 +119,43 @@ class BlockSparseModelPatcher:
             One :class:`PatchedLayer` for each replaced layer.
 
         Raises:
-            ValueError: a rule matches no layer (nothing is changed then).
+            ValueError: a rule matches no layer, or `model` itself is the linear layer (nothing is
+                changed then).
         """
-        layers = dict(_linear_layers(model))
-        plan: dict[str, _Rule] = {}
-        for rule in self._rules:
-            matches = [name for name in layers if re.fullmatch(rule.regex, name)]
-            if not matches:
-                raise ValueError(_no_match(rule.regex, list(layers)))
-            for name in matches:
-                plan.setdefault(name, rule)
-
-        tied = _tied_weights(model)
-        report: list[PatchedLayer] = []
-        for name, layer in layers.items():
-            if name not in plan:
-                continue
-            reason = _why_not(name, layer, tied)
-            if reason is not None:
-                warnings.warn(f"{name}: left as it is, {reason}", stacklevel=2)
-                continue
-            rule = plan[name]
-            sparse = BlockSparseLinear.from_dense(
-                _as_linear(layer), rule.density, check_block_shape(rule.block_shape)
+        if _is_linear(model):
+            raise ValueError(
+                f"model: is a {type(model).__name__} itself and has no parent to be replaced in; "
+                "use BlockSparseLinear.from_dense"
             )
+        layers = _linear_layers(model)
+        plan: dict[nn.Module, _Rule] = {}
+        for rule in self._rules:
+            matches = [
+                layer
+                for layer, names in layers.items()
+                if any(re.fullmatch(rule.regex, name) for name in names)
+            ]
+            if not matches:
+                raise ValueError(
+                    _no_match(rule.regex, [n for names in layers.values() for n in names])
+                )
+            for layer in matches:
+                plan.setdefault(layer, rule)
+
+        tied = _tied_parameters(model)
+        report: list[PatchedLayer] = []
+        for layer, names in layers.items():
+            if layer not in plan:
+                continue
+            reason = _why_not(layer, names, tied)
+            if reason is not None:
+                warnings.warn(f"{names[0]}: left as it is, since {reason}", stacklevel=2)
+                continue
+            rule = plan[layer]
+            sparse = BlockSparseLinear.from_dense(_as_linear(layer), rule.density, rule.block_shape)
             report.append(
                 PatchedLayer(
-                    name,
+                    names[0],
                     (sparse.out_features, sparse.in_features),
                     sparse.density,
                     _count_parameters(layer),
@@ -133,7 +163,9 @@ class BlockSparseModelPatcher:
                 )
             )
             new = PseudoBlockSparseLinear(sparse) if rule.pseudo_linear else sparse
-            _replace(model, layer, new)
+            for name in names:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, new)
         print(format_table(report))
         return report
 
@@ -171,12 +203,21 @@ def _is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and type(module) is transformers.Conv1D
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _is_linear(module: nn.Module) -> bool:
     # Not their subclasses: those are made to be used in another way (the output projection of
     # nn.MultiheadAttention is never called, only its weight is read).
-    for name, module in model.named_modules():
-        if name and (type(module) is nn.Linear or _is_conv1d(module)):
-            yield name, module
+    if parametrize.is_parametrized(module):  # its class is one made for it
+        return parametrize.type_before_parametrizations(module) is nn.Linear
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The linear layers, each with all its names: a shared one has several."""
+    layers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and _is_linear(module):
+            layers.setdefault(module, []).append(name)
+    return layers
 
 
 def _as_linear(layer: nn.Module) -> nn.Linear:
@@ -194,18 +235,19 @@ def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _tied_weights(model: nn.Module) -> dict[str, str]:
+def _tied_parameters(model: nn.Module) -> dict[str, str]:
     """Full names of tied parameters, each with the name of one that it is tied to."""
-    owners: dict[int, dict[int, str]] = {}  # parameter -> module -> name
+    owners: dict[nn.Parameter, dict[nn.Module, list[str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 full = f"{prefix}.{name}" if prefix else name
-                owners.setdefault(id(parameter), {}).setdefault(id(module), full)
+                owners.setdefault(parameter, {}).setdefault(module, []).append(full)
     tied: dict[str, str] = {}
-    for names in (list(modules.values()) for modules in owners.values()):
-        if len(names) > 1:
-            tied.update({name: next(n for n in names if n != name) for name in names})
+    for modules in owners.values():
+        for module, names in modules.items():
+            others = [other[0] for owner, other in modules.items() if owner is not module]
+            tied.update({name: others[0] for name in names if others})
 
     # transformers declares ties that need not be there yet (a model on the meta device).
     for prefix, module in model.named_modules():
@@ -220,34 +262,21 @@ def _tied_weights(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _why_not(name: str, layer: nn.Module, tied: dict[str, str]) -> str | None:
-    if f"{name}.weight" in tied:
-        return f"since its weight is tied to {tied[f'{name}.weight']}"
+def _why_not(layer: nn.Module, names: list[str], tied: dict[str, str]) -> str | None:
+    """Why the layer cannot be replaced, or None."""
+    for parameter in ("weight", "bias"):
+        for name in names:
+            if (full := f"{name}.{parameter}") in tied:
+                return f"its {parameter} is tied to {tied[full]}"
     if parametrize.is_parametrized(layer):
-        return "since it has parametrizations"
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-    ):
+        return "it has parametrizations"
+    for hooks in _HOOKS:
         if getattr(layer, hooks, None):
-            return f"since it carries hooks ({hooks.strip('_')})"
+            return f"it carries hooks ({hooks.strip('_')})"
     if hasattr(layer, "_hf_hook"):
-        return "since it carries a hook of accelerate"
-    return None
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` is: a shared layer has several parents."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+        return "it carries a hook of accelerate"
+    dtype = cast(nn.Parameter, layer.weight).dtype
+    return None if dtype in DTYPES else f"its weight is {dtype}"
 
 
 def _no_match(regex: str, names: list[str]) -> str:

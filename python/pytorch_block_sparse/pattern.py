@@ -52,7 +52,7 @@ def grid_shape(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[in
 
 def count_for_density(density: float, blocks: int) -> int:
     """round(density * blocks), and at least one where there is a block at all."""
-    return min(blocks, max(1, int(check_density(density) * blocks + 0.5)))
+    return min(blocks, max(1, round(check_density(density) * blocks)))
 
 
 class Pattern:
@@ -140,7 +140,7 @@ class Pattern:
     ) -> "Pattern":
         """The pattern of a list of (block row, block column), in any order, each at most once."""
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
-        coordinates = torch.as_tensor(blocks)
+        coordinates = blocks if isinstance(blocks, Tensor) else torch.tensor(blocks, device="cpu")
         device = coordinates.device
         if coordinates.numel() == 0:
             coordinates = coordinates.new_zeros((0, 2), dtype=torch.int64)
@@ -224,6 +224,9 @@ class Pattern:
     ) -> "Pattern":
         """The blocks at most `bandwidth` blocks beside the diagonal; 0 is block-diagonal."""
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
+        if isinstance(bandwidth, bool) or not isinstance(bandwidth, int) or bandwidth < 0:
+            raise ValueError(f"bandwidth: must be an int of at least 0, got {bandwidth!r}")
+        bandwidth = min(bandwidth, _MAX_INT32)
         index = _index_banded(*grid_shape(shape, block_shape), bandwidth)
         return cls._from_index(index, shape, block_shape).to(device or "cpu")
 
@@ -280,15 +283,11 @@ class Pattern:
 
     def to(self, device: torch.device | str) -> "Pattern":
         """This pattern with its indices on `device`; itself if they are there."""
-        if torch.device(device) == self.device:
+        index = self.index.to(device)
+        if index is self.index:
             return self
-        return Pattern(
-            self.crow_indices.to(device),
-            self.col_indices.to(device),
-            self.index.to(device),
-            self.shape,
-            self.block_shape,
-        )
+        crow, col = self.crow_indices.to(device), self.col_indices.to(device)
+        return Pattern(crow, col, index, self.shape, self.block_shape)
 
     def t(self) -> "Pattern":
         """The pattern of the transposed weight. Its blocks are ordered as :attr:`permutation`."""

@@ -14,6 +14,9 @@ namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 namespace {
 
 bool supported() {
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+#endif
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -24,16 +27,34 @@ bool supported() {
 #endif
 }
 
-// Calls f with the Math that a dtype is multiplied with.
+// Calls f with the Math that a product is computed in.
 template <class F>
-auto with_math(Dtype dtype, const F& f) {
-  return dtype == Dtype::f64 ? f(Plain<double>()) : f(Plain<float>());
+auto with_math(const ProductDesc& desc, const F& f) {
+  switch (desc.dtype) {
+    case Dtype::f64:
+      return f(Plain<double>());
+    case Dtype::f32:
+      return f(Plain<float>());
+    case Dtype::f16:
+      return f(Widened<Float16>());
+    case Dtype::bf16:
+      break;
+  }
+#ifdef __AVX512BF16__
+  // Pairs run along the depth and must not straddle its end. (Tokens are padded when packed.)
+  const bool in = desc.block.in % 2 == 0 && desc.in_features % 2 == 0;
+  const bool out = desc.block.out % 2 == 0 && desc.out_features % 2 == 0;
+  if (desc.product == Product::grad_weight || (desc.product == Product::forward ? in : out)) {
+    return f(Pairs());
+  }
+#endif
+  return f(Widened<BFloat16>());
 }
 
 // Calls f with an object of the class that computes a product in one dtype.
 template <class F>
 auto with_routine(const ProductDesc& desc, const F& f) {
-  return with_math(desc.dtype, [&](auto math) {
+  return with_math(desc, [&](auto math) {
     using Math = decltype(math);
     switch (desc.product) {
       case Product::forward:

@@ -16,19 +16,27 @@ class Sddmm {
   using Packed = typename Math::Packed;
   using Sum = typename Math::Sum;
   static constexpr int64_t kLane = kLanes<Sum>;
-  static constexpr int64_t kMaxChunkTokens = 256;
-  static constexpr int64_t kMaxChunkBytes = 4 << 20;
+  // Sums of several chunks are added up in a buffer where dW itself is too coarse for them.
+  static constexpr bool kPartial = !std::is_same_v<Storage, Sum>;
+  // Tokens are taken in chunks, so that the panels of one stay in the last cache. Each chunk reads
+  // and writes all of dW again, so they should be few.
+  static constexpr int64_t kMaxChunkTokens = 512 * Math::kDepth;
+  static constexpr int64_t kMaxChunkBytes = 8 << 20;
+  // Steps that the tiles of a block take in turn: what they read then stays in the first cache.
+  static constexpr int64_t kTurnSteps = 128;
+  // Rows of a block that take turns.
+  static constexpr int64_t kBandRows = 32;
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-    return Sddmm(desc, {}, nullptr).part_bytes() * parts(execution);
+    return Sddmm(desc, {}, nullptr).part_bytes(parts(execution)) * parts(execution);
   }
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
     const int64_t count = parts(execution);
     parallel_for(execution, count, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        const int64_t offset = part * Sddmm(desc, args, nullptr).part_bytes();
+        const int64_t offset = part * Sddmm(desc, args, nullptr).part_bytes(count);
         Sddmm(desc, args, static_cast<char*>(args.workspace) + offset)
             .run_part(even_part(desc.nnz, 1, part, count));
       }
@@ -56,7 +64,10 @@ class Sddmm {
   }
 
   Sddmm(const ProductDesc& desc, const ProductArgs& args, void* workspace)
-      : swapped_(outputs_are_lanes(desc)), tokens_(desc.tokens), block_(desc.block) {
+      : swapped_(outputs_are_lanes(desc)),
+        tokens_(desc.tokens),
+        nnz_(desc.nnz),
+        block_(desc.block) {
     const PatternView& pattern = args.weight.pattern;
     const Side out{args.dy, desc.out_features, desc.block.out, desc.block.out};
     const Side in{args.x, desc.in_features, desc.block.in, desc.block.in};
@@ -68,34 +79,40 @@ class Sddmm {
     number_ = swapped_ ? pattern.perm : nullptr;
     values_ = static_cast<Storage*>(args.output.data);
 
-    const int64_t token_bytes =
-        std::max<int64_t>(1, lanes_.panels() * lanes_.width * int64_t{sizeof(Packed)});
+    const int64_t token_bytes = std::max<int64_t>(
+        1, lanes_.panels() * lanes_.width * int64_t{sizeof(Packed)} / Math::kDepth);
     chunk_tokens_ = std::clamp<int64_t>(kMaxChunkBytes / token_bytes, 16, kMaxChunkTokens);
-    chunk_tokens_ = std::min(chunk_tokens_, std::max<int64_t>(1, tokens_));
+    chunk_tokens_ = std::min(round_up(chunk_tokens_), round_up(std::max<int64_t>(1, tokens_)));
+    chunk_steps_ = chunk_tokens_ / Math::kDepth;
     lane_panels_ = static_cast<Packed*>(workspace);
-    row_panel_ = lane_panels_ + lanes_.panels() * chunk_tokens_ * lanes_.width;
+    row_panel_ = lane_panels_ + lanes_.panels() * chunk_steps_ * lanes_.width;
+    partial_ = reinterpret_cast<Sum*>(row_panel_ + chunk_steps_ * round_up(rows_.width));
   }
 
-  int64_t part_bytes() const {
-    const int64_t elements =
-        chunk_tokens_ * (lanes_.panels() * lanes_.width + round_up(rows_.width));
-    return (elements * int64_t{sizeof(Packed)} + 63) / 64 * 64;
+  int64_t part_bytes(int64_t parts) const {
+    const int64_t panels = chunk_steps_ * (lanes_.panels() * lanes_.width + round_up(rows_.width));
+    const int64_t partial = kPartial && chunk_tokens_ < tokens_
+                                ? (nnz_ + parts - 1) / parts * block_.out * block_.in
+                                : 0;
+    return ((panels + partial) * int64_t{sizeof(Sum)} + 63) / 64 * 64;
   }
 
-  void run_part(Range entries) const {
+  void run_part(Range entries) {
     if (entries.begin == entries.end) return;
+    part_ = entries;
     int64_t token = 0;
     do {  // once even without tokens: the gradient is zero then, not left as it was
       const int64_t count = std::min(chunk_tokens_, tokens_ - token);
+      chunk_ = {token, token + count};
       for (int64_t panel = 0; panel < lanes_.panels(); ++panel) {
-        pack_panel(lanes_, panel, token, count, lane_panels_ + panel * count * lanes_.width);
+        pack_panel(lanes_, panel, lane_panels_ + panel * chunk_steps_ * lanes_.width);
       }
       for (int64_t row = row_of(entries.begin); first_[row] < entries.end; ++row) {
         const Range range{std::max<int64_t>(entries.begin, first_[row]),
                           std::min<int64_t>(entries.end, first_[row + 1])};
         if (range.begin >= range.end) continue;
-        pack_panel(rows_, row, token, count, row_panel_);
-        run_row(range, count, token > 0);
+        pack_panel(rows_, row, row_panel_);
+        run_row(range);
       }
       token += count;
     } while (token < tokens_);
@@ -106,82 +123,140 @@ class Sddmm {
     return std::upper_bound(first_, first_ + rows_.panels() + 1, entry) - first_ - 1;
   }
 
-  static void pack_panel(const Side& side, int64_t panel, int64_t token, int64_t tokens,
-                         Packed* to) {
+  void pack_panel(const Side& side, int64_t panel, Packed* to) const {
     const int64_t feature = panel * side.block;
     const int64_t present = std::min(side.block, side.features - feature);
-    const auto* from =
-        static_cast<const Storage*>(side.data.data) + token * side.data.row_stride + feature;
-    for (int64_t t = 0; t < tokens; ++t, from += side.data.row_stride, to += side.width) {
-      int64_t i = 0;
-      for (; i + kLane <= present; i += kLane) store(to + i, Math::load(from + i));
-      for (; i < side.width; ++i) to[i] = i < present ? from[i] : Packed{};
+    const int64_t stride = side.data.row_stride;
+    const auto* from = static_cast<const Storage*>(side.data.data) + feature;
+    for (int64_t token = chunk_.begin; token < chunk_.end;
+         token += Math::kDepth, to += side.width) {
+      for (int64_t i = 0; i < side.width; i += kLane) {
+        const int64_t count = std::clamp<int64_t>(present - i, 0, kLane);
+        store(to + i, Math::join(from + token * stride + i, stride, chunk_.end - token, count));
+      }
     }
   }
 
-  // The vectors of all entries of a row, some at a time: a block narrower than a tile shares it.
-  void run_row(Range entries, int64_t tokens, bool add) const {
+  // Where a vector of a tile belongs, and where its panel is.
+  struct Target {
+    int64_t entry, lane;
+  };
+  Target target(Range entries, int64_t vector) const {
     const int64_t per_block = lanes_.width / kLane;
-    const int64_t count = (entries.end - entries.begin) * per_block;
+    return {entries.begin + vector / per_block, vector % per_block * kLane};
+  }
+  const Packed* panel_of(Target target) const {
+    return lane_panels_ + lane_block_[target.entry] * chunk_steps_ * lanes_.width + target.lane;
+  }
+
+  // The vectors of all entries of a row, some at a time: a block narrower than a tile shares it.
+  void run_row(Range entries) const {
+    const int64_t count = (entries.end - entries.begin) * (lanes_.width / kLane);
     for (int64_t begin = 0; begin < count; begin += kTileVectors) {
       with_constant<kTileVectors>(std::min<int64_t>(kTileVectors, count - begin), [&](auto n) {
         Target targets[n()];
-        GatheredVectors<Packed, n()> vectors{{}, lanes_.width};
+        const Packed* panels[n()];
+        const Packed* ahead[n()];
         for (int v = 0; v < n(); ++v) {
-          const int64_t entry = entries.begin + (begin + v) / per_block;
-          const int64_t lane = (begin + v) % per_block * kLane;
-          vectors.data[v] = lane_panels_ + lane_block_[entry] * tokens * lanes_.width + lane;
-          targets[v] = {number_ == nullptr ? entry : number_[entry], lane};
+          targets[v] = target(entries, begin + v);
+          panels[v] = panel_of(targets[v]);
+          ahead[v] = panel_of(target(entries, std::min(begin + v + kTileVectors, count - 1)));
         }
-        for (int64_t row = 0; row < rows_.block; row += kTileRows) {
-          with_constant<kTileRows>(std::min<int64_t>(kTileRows, rows_.block - row), [&](auto rows) {
-            run_tile<rows(), n()>(row, vectors, targets, tokens, add);
-          });
+        for (int64_t row = 0; row < rows_.block; row += kBandRows) {
+          run_band<n()>(row, std::min(kBandRows, rows_.block - row), targets, panels, ahead);
         }
       });
     }
   }
 
-  // Where a vector of a tile belongs.
-  struct Target {
-    int64_t number, lane;
-  };
+  template <int kVectors>
+  void run_band(int64_t row, int64_t rows, const Target* targets, const Packed* const* panels,
+                const Packed* const* ahead) const {
+    constexpr int kWidth = kVectors * kLane;
+    alignas(64) Sum sums[kBandRows * kWidth];
+    const int64_t steps = (chunk_.end - chunk_.begin + Math::kDepth - 1) / Math::kDepth;
+    int64_t step = 0;
+    do {
+      const int64_t turn = std::min(kTurnSteps, steps - step);
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t offset = step * lanes_.width;
+        GatheredVectors<Packed, kVectors> vectors{
+            {}, lanes_.width, ahead[r / kTileRows % kVectors] + offset};
+        for (int v = 0; v < kVectors; ++v) vectors.data[v] = panels[v] + offset;
+        with_constant<kTileRows>(std::min<int64_t>(kTileRows, rows - r), [&](auto n) {
+          run_tile<n(), kVectors>(row_panel_ + step * rows_.width + row + r, vectors, turn,
+                                  step > 0, sums + r * kWidth);
+        });
+      }
+      step += turn;
+    } while (step < steps);
+    for (int v = 0; v < kVectors; ++v) emit(targets[v], row, rows, sums + v * kLane, kWidth);
+  }
 
   template <int kRows, int kVectors>
-  __attribute__((noinline)) void run_tile(int64_t row, GatheredVectors<Packed, kVectors> vectors,
-                                          const Target* targets, int64_t tokens, bool add) const {
-    alignas(64) Sum sums[kRows * kVectors * kLane];
+  __attribute__((noinline)) void run_tile(const Packed* scalars,
+                                          const GatheredVectors<Packed, kVectors>& vectors,
+                                          int64_t steps, bool add, Sum* sums) const {
     Tile<Math, kRows, kVectors> tile;
-    tile.multiply(Scalars<Packed, true>{row_panel_ + row, rows_.width}, vectors, tokens);
+    if (add) tile.load(sums, kVectors * kLane);
+    tile.multiply(Scalars<Packed, true>{scalars, rows_.width}, GatheredVectors(vectors), steps);
     tile.store(sums, kVectors * kLane);
-    for (int v = 0; v < kVectors; ++v) {
-      Storage* block = values_ + targets[v].number * block_.out * block_.in;
-      const int64_t count = std::min(kLane, lanes_.block - targets[v].lane);
-      for (int r = 0; r < kRows; ++r) {
-        const Sum* from = sums + (r * kVectors + v) * kLane;
-        if (swapped_) {
-          Storage* to = block + targets[v].lane * block_.in + row + r;
-          for (int64_t i = 0; i < count; ++i)
-            to[i * block_.in] = from[i] + (add ? to[i * block_.in] : Sum{});
-        } else {
-          Storage* to = block + (row + r) * block_.in + targets[v].lane;
-          for (int64_t i = 0; i < count; ++i) to[i] = from[i] + (add ? to[i] : Sum{});
-        }
+  }
+
+  // Sums of some rows in one vector, to where they belong in dW: transposed where outputs are
+  // lanes.
+  void emit(Target target, int64_t row, int64_t rows, const Sum* sums, int64_t stride) const {
+    const int64_t number = number_ == nullptr ? target.entry : number_[target.entry];
+    const int64_t size = block_.out * block_.in;
+    const int64_t lanes = std::min(kLane, lanes_.block - target.lane);
+    for (int64_t r = 0; r < rows; r += kLane) {
+      Vec<Sum> square[kLane];
+      for (int64_t i = 0; i < kLane; ++i) {
+        square[i] = r + i < rows ? load(sums + (r + i) * stride) : Vec<Sum>{};
       }
+      const int64_t square_rows = std::min(kLane, rows - r);
+      if (swapped_) transpose<Sum>(square);
+      const int64_t offset =
+          swapped_ ? target.lane * block_.in + row + r : (row + r) * block_.in + target.lane;
+      emit_square(square, swapped_ ? lanes : square_rows, swapped_ ? square_rows : lanes,
+                  values_ + number * size + offset,
+                  partial_ + (target.entry - part_.begin) * size + offset);
+    }
+  }
+
+  void emit_square(const Vec<Sum> (&square)[kLane], int64_t rows, int64_t count, Storage* to,
+                   Sum* partial) const {
+    const bool first = chunk_.begin == 0, last = chunk_.end == tokens_;
+    for (int64_t i = 0; i < rows; ++i, to += block_.in, partial += block_.in) {
+      Vec<Sum> sum = square[i];
+      if constexpr (kPartial) {
+        if (!first) sum += load(partial, count);
+        if (!last) {
+          store(partial, sum, count);
+          continue;
+        }
+      } else {
+        if (!first) sum += Math::load_sum(to, count);
+      }
+      Math::store(to, sum, count);
     }
   }
 
   bool swapped_;
   int64_t tokens_;
+  int64_t nnz_;
   BlockShape block_;
   Side rows_, lanes_;
   const int32_t* first_;       // first entry of each block of the rows' side
   const int32_t* lane_block_;  // block of the lanes' side of each entry
   const int32_t* number_;      // block number of each entry; null where that is the entry
   Storage* values_;
-  int64_t chunk_tokens_;
+  int64_t chunk_tokens_, chunk_steps_;
   Packed* lane_panels_;
   Packed* row_panel_;
+  Sum* partial_;
+  Range part_{};   // the entries of this part
+  Range chunk_{};  // the tokens of this chunk
 };
 
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #define BLOCK_SPARSE_INLINE __attribute__((always_inline)) inline
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
@@ -46,16 +50,37 @@ BLOCK_SPARSE_INLINE void store(T* to, Vec<T> vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
+// Past the caches, for what is written once and is too large to stay: it saves reading the line
+// first. Where a
+// vector is a cache line; elsewhere an ordinary store. Aligned.
+template <class T>
+BLOCK_SPARSE_INLINE void stream(T* to, Vec<T> vector) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(vector));
+#else
+  store(to, vector);
+#endif
+}
+
+// After streaming and before another thread may look.
+BLOCK_SPARSE_INLINE void end_of_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes only; the others load as zero and are not stored.
 template <class T>
 BLOCK_SPARSE_INLINE Vec<T> load(const T* from, int64_t count) {
+  if (count == kLanes<T>) return load(from);
   Vec<T> vector{};
-  for (int64_t i = 0; i < count; ++i) vector[i] = from[i];
+  std::memcpy(&vector, from, static_cast<size_t>(count) * sizeof(T));
   return vector;
 }
 template <class T>
 BLOCK_SPARSE_INLINE void store(T* to, Vec<T> vector, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = vector[i];
+  if (count == kLanes<T>) return store(to, vector);
+  std::memcpy(to, &vector, static_cast<size_t>(count) * sizeof(T));
 }
 
 // Lane i of the result is lane choose(i) of `first` followed by `second`.

@@ -10,6 +10,9 @@ namespace block_sparse::cpu {
 
 // Each is defined by its own compilation of level.cpp (cmake/cpu_levels.cmake).
 #ifdef __x86_64__
+namespace avx512_bf16 {
+extern const Level level;
+}
 namespace avx512 {
 extern const Level level;
 }
@@ -26,6 +29,7 @@ namespace {
 // From the best to the baseline, which every machine supports.
 const Level* const kLevels[] = {
 #ifdef __x86_64__
+    &avx512_bf16::level,
     &avx512::level,
     &avx2::level,
 #endif
@@ -64,11 +68,7 @@ const Level& level() {
 }
 
 Kernel simd() {
-  return {"cpu_simd",
-          [](const ProductDesc& desc) -> Refusal {
-            if (size_of(desc.dtype) >= 4) return std::nullopt;
-            return concat("multiplies f32 and f64, not ", to_string(desc.dtype));
-          },
+  return {"cpu_simd", [](const ProductDesc&) -> Refusal { return std::nullopt; },
           [](const ProductDesc& desc, const Execution& execution) {
             return level().workspace(desc, execution);
           },

@@ -1,52 +1,40 @@
 // Spmm: forward and grad_input, dense = dense x sparse. Tokens are the lanes: x arrives transposed
 // in strips, the blocks are read where they are, one scalar at a time, and sums are transposed back
-// when they are stored. So it takes any block shape, reads canonical values and never moves them.
+// when they are stored. So it takes any block shape and reads canonical values.
 #pragma once
 
 #include "block_sparse/product.h"
+#include "cpu/blocks.h"
 #include "cpu/split.h"
 #include "cpu/strip.h"
 #include "cpu/tile.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
-// One direction through a pattern: an output block sums over its entries, each of them a block and
-// the block of the depth that it meets.
-struct Walk {
-  const int32_t* first;   // [output blocks + 1]  first entry of each output block
-  const int32_t* depth;   // [entries]            depth block of each entry
-  const int32_t* number;  // [entries]            block number; null where that is the entry
-  int64_t output_block, depth_block;
-  int64_t outputs, depths;  // features on either side
-
-  template <Product kProduct>
-  static Walk of(const ProductDesc& desc, const PatternView& pattern) {
-    if constexpr (kProduct == Product::forward) {
-      return {pattern.crow,  pattern.col,       nullptr,         desc.block.out,
-              desc.block.in, desc.out_features, desc.in_features};
-    } else {
-      return {pattern.ccol,   pattern.trow,     pattern.perm,     desc.block.in,
-              desc.block.out, desc.in_features, desc.out_features};
-    }
-  }
-};
-
 template <class Math, Product kProduct>
 class Spmm {
   using Storage = typename Math::Storage;
   using Packed = typename Math::Packed;
   using Sum = typename Math::Sum;
-  // Canonical blocks are [out][in]: for grad_input, adjacent elements are adjacent outputs.
-  static constexpr bool kAdjacentRows = kProduct == Product::grad_input;
+  using Weights = Blocks<Math, kProduct>;
+
   static constexpr int64_t kStripTokens = kTileVectors * kLanes<Sum>;
   // Outputs of a strip that are collected before they are transposed: whole cache lines.
   static constexpr int64_t kPanelOutputs = 32;
-  // A thread packs this many bytes of x at a time: a good part of its share of the caches.
-  static constexpr int64_t kChunkBytes = 1 << 20;
+  // Depth of the entries that rows take in turn: half of the first cache.
+  static constexpr int64_t kGroupDepth = 128 * Math::kDepth;
+  // The blocks are read once per chunk of x. While they stay in the last cache, a chunk that stays
+  // in the second is best; blocks that come from memory, or are converted each time, want few
+  // chunks, in the last cache.
+  static constexpr int64_t kCachedBytes = 8 << 20;
+  static constexpr int64_t kSmallChunkBytes = 512 << 10;
+  static constexpr int64_t kLargeChunkBytes = 10 << 20;
+  // Outputs from this size on are not kept in the caches.
+  static constexpr int64_t kStreamBytes = 256 << 10;
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-    return chunk_bytes(desc) * parts(execution);
+    return part_bytes(desc) * parts(execution);
   }
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
@@ -59,7 +47,7 @@ class Spmm {
     }
     parallel_for(execution, count, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        const Spmm spmm(desc, args, static_cast<char*>(args.workspace) + part * chunk_bytes(desc));
+        const Spmm spmm(desc, args, static_cast<char*>(args.workspace) + part * part_bytes(desc));
         spmm.run_part(even_part(desc.tokens, kLanes<Sum>, part % token_parts, token_parts),
                       spmm.output_part(part / token_parts, count / token_parts));
       }
@@ -70,13 +58,14 @@ class Spmm {
   Spmm(const ProductDesc& desc, const ProductArgs& args, void* workspace)
       : walk_(Walk::of<kProduct>(desc, args.weight.pattern)),
         x_(kProduct == Product::forward ? args.x : args.dy),
-        values_(static_cast<const Packed*>(args.weight.values)),
         bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
         y_(args.output),
-        block_elements_(desc.block.out * desc.block.in),
-        block_stride_(desc.block.in / Math::kDepth),
+        stream_(streams(desc, args.output)),
+        group_(std::max<int64_t>(1, kGroupDepth / walk_.depth_block)),
         chunk_tokens_(chunk_strips(desc) * kStripTokens),
-        chunk_(static_cast<Packed*>(workspace)) {}
+        chunk_(static_cast<Packed*>(workspace)),
+        weights_(walk_, static_cast<const Storage*>(args.weight.values), desc.block,
+                 chunk_ + chunk_strips(desc) * strip_elements(desc)) {}
 
   static int64_t parts(const Execution& execution) { return std::max(1, execution.threads); }
 
@@ -86,43 +75,35 @@ class Spmm {
   }
   static int64_t chunk_strips(const ProductDesc& desc) {
     const int64_t strips = (desc.tokens + kStripTokens - 1) / kStripTokens;
-    const int64_t bytes = strip_elements(desc) * static_cast<int64_t>(sizeof(Packed));
-    return std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(1, bytes), 1, strips);
+    const int64_t bytes = strip_elements(desc) * int64_t{sizeof(Packed)};
+    const int64_t blocks = desc.nnz * desc.block.out * desc.block.in * int64_t{sizeof(Storage)};
+    const int64_t chunk =
+        Weights::kDirect && blocks <= kCachedBytes ? kSmallChunkBytes : kLargeChunkBytes;
+    return std::clamp<int64_t>(chunk / std::max<int64_t>(1, bytes), 1, strips);
   }
-  static int64_t chunk_bytes(const ProductDesc& desc) {
-    const int64_t bytes =
-        chunk_strips(desc) * strip_elements(desc) * static_cast<int64_t>(sizeof(Packed));
-    return (bytes + 63) / 64 * 64;
+  static int64_t part_bytes(const ProductDesc& desc) {
+    const int64_t elements =
+        chunk_strips(desc) * strip_elements(desc) + Weights::prepared_elements(desc, kPanelOutputs);
+    return (elements * int64_t{sizeof(Packed)} + 63) / 64 * 64;
+  }
+
+  static bool streams(const ProductDesc& desc, MutableDenseView y) {
+    constexpr int64_t kLine = kLanes<Sum> * int64_t{sizeof(Storage)};
+    const int64_t row_bytes = y.row_stride * int64_t{sizeof(Storage)};
+    return kLine == 64 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(y.data) % 64 == 0 &&
+           desc.tokens * row_bytes >= kStreamBytes;
   }
 
   // Outputs in whole panels, so that the parts have about the same number of blocks.
   Range output_part(int64_t index, int64_t parts) const {
-    return {output_split(index, parts), output_split(index + 1, parts)};
-  }
-  int64_t output_split(int64_t index, int64_t parts) const {
-    if (index == 0) return 0;
-    if (index == parts) return walk_.outputs;
-    // An output block costs its entries, and a little for being stored.
-    const int64_t blocks = (walk_.outputs + walk_.output_block - 1) / walk_.output_block;
-    const auto cost = [&](int64_t block) { return walk_.first[block] + block; };
-    const int64_t wanted = cost(blocks) * index / parts;
-    int64_t low = 0, high = blocks;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (cost(middle) < wanted) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    const int64_t output = low * walk_.output_block;
-    return std::min(walk_.outputs, (output + kPanelOutputs - 1) / kPanelOutputs * kPanelOutputs);
+    return {walk_.split(index, parts, kPanelOutputs), walk_.split(index + 1, parts, kPanelOutputs)};
   }
 
   void run_part(Range tokens, Range outputs) const {
     for (int64_t token = tokens.begin; token < tokens.end; token += chunk_tokens_) {
       run_chunk({token, std::min(tokens.end, token + chunk_tokens_)}, outputs);
     }
+    if (stream_) end_of_stream();
   }
 
   void run_chunk(Range tokens, Range outputs) const {
@@ -139,10 +120,11 @@ class Spmm {
                        count, walk_.depths, strip, strip_width(count));
     });
     for (int64_t output = outputs.begin; output < outputs.end; output += kPanelOutputs) {
-      const int64_t end = std::min(outputs.end, output + kPanelOutputs);
+      const Range panel{output, std::min(outputs.end, output + kPanelOutputs)};
+      weights_.prepare(panel);
       for_each_strip([&](int64_t token, int64_t count, const Packed* strip) {
         with_constant<kTileVectors>(strip_width(count) / kLanes<Sum>, [&](auto vectors) {
-          run_panel<vectors()>({output, end}, token, count, strip);
+          run_panel<vectors()>(panel, token, count, strip);
         });
       });
     }
@@ -156,50 +138,60 @@ class Spmm {
   void run_panel(Range outputs, int64_t token, int64_t tokens, const Packed* strip) const {
     constexpr int kWidth = kVectors * kLanes<Sum>;
     alignas(64) Sum sums[kPanelOutputs * kWidth];
-    for (int64_t output = outputs.begin; output < outputs.end;) {
-      const int64_t block = output / walk_.output_block;
-      const int64_t row = output % walk_.output_block;
-      const int64_t rows =
-          std::min({int64_t{kTileRows}, walk_.output_block - row, outputs.end - output});
-      Sum* to = sums + (output - outputs.begin) * kWidth;
-      with_constant<kTileRows>(
-          rows, [&](auto constant) { run_tile<constant(), kVectors>(block, row, strip, to); });
-      output += rows;
-    }
-    unpack_strip<Math>(sums, kWidth, tokens, outputs.end - outputs.begin,
-                       bias_ == nullptr ? nullptr : bias_ + outputs.begin,
-                       static_cast<Storage*>(y_.data) + token * y_.row_stride + outputs.begin,
-                       y_.row_stride);
+    weights_.for_each_slice(outputs, [&](const typename Weights::Slice& slice) {
+      run_slice<kVectors>(slice, strip, sums + (slice.output - outputs.begin) * kWidth);
+    });
+    const auto unpack = stream_ ? unpack_strip<Math, true> : unpack_strip<Math, false>;
+    unpack(sums, kWidth, tokens, outputs.end - outputs.begin,
+           bias_ == nullptr ? nullptr : bias_ + outputs.begin,
+           static_cast<Storage*>(y_.data) + token * y_.row_stride + outputs.begin, y_.row_stride);
+  }
+
+  // Some rows of one output block. They take the same few entries in turn, so that what these need
+  // of the strip is read from the cache next to the core by all but the first.
+  template <int kVectors>
+  void run_slice(const typename Weights::Slice& slice, const Packed* strip, Sum* sums) const {
+    constexpr int kWidth = kVectors * kLanes<Sum>;
+    Range entries{slice.entries.begin, slice.entries.begin};
+    do {
+      entries = {entries.end, std::min(slice.entries.end, entries.end + group_)};
+      for (int64_t row = 0; row < slice.rows; row += kTileRows) {
+        with_constant<kTileRows>(std::min<int64_t>(kTileRows, slice.rows - row), [&](auto rows) {
+          run_tile<rows(), kVectors>(slice, entries, row, strip, sums + row * kWidth);
+        });
+      }
+    } while (entries.end < slice.entries.end);
   }
 
   template <int kRows, int kVectors>
-  __attribute__((noinline)) void run_tile(int64_t block, int64_t row, const Packed* strip,
-                                          Sum* to) const {
+  __attribute__((noinline)) void run_tile(const typename Weights::Slice& slice, Range entries,
+                                          int64_t row, const Packed* strip, Sum* sums) const {
     constexpr int kWidth = kVectors * kLanes<Sum>;
     Tile<Math, kRows, kVectors> tile;
-    const int64_t end = walk_.first[block + 1];
-    for (int64_t entry = walk_.first[block]; entry < end; ++entry) {
-      const int64_t number = kProduct == Product::forward ? entry : walk_.number[entry];
+    if (entries.begin != slice.entries.begin) tile.load(sums, kWidth);
+    for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t depth = walk_.depth[entry] * walk_.depth_block;
       const int64_t steps =
           (std::min(walk_.depth_block, walk_.depths - depth) + Math::kDepth - 1) / Math::kDepth;
-      const Packed* values = values_ + number * block_elements_ / Math::kDepth +
-                             (kAdjacentRows ? row : row * block_stride_);
-      tile.multiply(Scalars<Packed, kAdjacentRows>{values, block_stride_},
-                    Vectors<Packed>{strip + depth / Math::kDepth * kWidth, kWidth}, steps);
+      // Each row of tiles fetches its share of what the group after this one needs.
+      const int64_t later = std::min(entry + group_, slice.entries.end - 1);
+      const Packed* ahead = strip + walk_.depth[later] * walk_.depth_block / Math::kDepth * kWidth +
+                            row / kTileRows * steps * kLanes<Sum>;
+      tile.multiply(weights_.scalars(slice, entry, row),
+                    Vectors<Packed>{strip + depth / Math::kDepth * kWidth, kWidth, ahead}, steps);
     }
-    tile.store(to, kWidth);
+    tile.store(sums, kWidth);
   }
 
   Walk walk_;
   ConstDenseView x_;
-  const Packed* values_;
   const Storage* bias_;
   MutableDenseView y_;
-  int64_t block_elements_;
-  int64_t block_stride_;
+  bool stream_;
+  int64_t group_;  // entries that the rows of a block take in turn
   int64_t chunk_tokens_;
   Packed* chunk_;
+  Weights weights_;
 };
 
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

@@ -50,7 +50,7 @@ void pack_strip(const typename Math::Storage* from, int64_t stride, int64_t toke
 }
 
 // Sums [outputs][width] -> [tokens][outputs], with the bias if there is one.
-template <class Math>
+template <class Math, bool kStream>
 void unpack_strip(const typename Math::Sum* from, int64_t width, int64_t tokens, int64_t outputs,
                   const typename Math::Storage* bias, typename Math::Storage* to, int64_t stride) {
   using Sum = typename Math::Sum;
@@ -66,7 +66,13 @@ void unpack_strip(const typename Math::Sum* from, int64_t width, int64_t tokens,
       typename Math::Storage* row = to + token * stride + output;
       if (tokens - token >= L && count == L) {
 #pragma GCC unroll 64
-        for (int i = 0; i < L; ++i) Math::store(row + i * stride, square[i] + add);
+        for (int i = 0; i < L; ++i) {
+          if constexpr (kStream) {
+            Math::stream(row + i * stride, square[i] + add);
+          } else {
+            Math::store(row + i * stride, square[i] + add);
+          }
+        }
       } else {
         const int64_t rows = std::min<int64_t>(L, tokens - token);
         for (int64_t i = 0; i < rows; ++i) Math::store(row + i * stride, square[i] + add, count);

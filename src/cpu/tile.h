@@ -30,9 +30,11 @@ struct Scalars {
 template <class Packed>
 struct Vectors {
   const Packed* data;
-  int64_t stride;  // from step to step
+  int64_t stride;       // from step to step
+  const Packed* ahead;  // what will be read after a while: one line of it is fetched per step
 
   BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    if (v == 0) __builtin_prefetch(ahead + step * kLanes<Packed>);
     return load(data + step * stride + v * kLanes<Packed>);
   }
 };
@@ -40,8 +42,10 @@ template <class Packed, int kVectors>
 struct GatheredVectors {
   const Packed* data[kVectors];
   int64_t stride;
+  const Packed* ahead;
 
   BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    if (v == 0) __builtin_prefetch(ahead + step * stride);
     return load(data[v] + step * stride);
   }
 };
@@ -56,6 +60,17 @@ struct Tile {
 
   Vec<Sum> sums[kSets][kRows][kVectors] = {};
 
+  // Row after row, `stride` elements apart.
+  BLOCK_SPARSE_INLINE void load(const Sum* from, int64_t stride) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sums[0][row][v] = BLOCK_SPARSE_LEVEL::load(from + row * stride + v * kLanes<Sum>);
+      }
+    }
+  }
+
   template <class Scalars, class Vectors>
   BLOCK_SPARSE_INLINE void multiply(const Scalars& scalars, const Vectors& vectors, int64_t steps) {
     int64_t step = 0;
@@ -66,7 +81,6 @@ struct Tile {
     for (; step < steps; ++step) multiply_step(sums[0], scalars, vectors, step);
   }
 
-  // Row after row, `stride` elements apart.
   BLOCK_SPARSE_INLINE void store(Sum* to, int64_t stride) const {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {

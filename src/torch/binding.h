@@ -39,5 +39,11 @@ std::string explain(const Tensor& values, std::string product, int64_t tokens,
 
 // Throws unless `tensor` is a contiguous int32 tensor of one dimension.
 void check_index_tensor(const char* name, const Tensor& tensor);
+void check_same_device(const char* name, const Tensor& tensor, const char* other_name,
+                       const Tensor& other);
+
+// For messages: "Float [3, 64]", "cuda:0".
+std::string describe(const Tensor& tensor);
+std::string device_name(const Tensor& tensor);
 
 }  // namespace block_sparse::binding

@@ -42,7 +42,7 @@ Tensor index_from_bsr(const Tensor& crow_indices, const Tensor& col_indices, int
 
 Tensor index_from_mask(const Tensor& mask) {
   check(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2,
-        "mask: must be a bool tensor of two dimensions, [block_rows, block_cols]");
+        "mask: must be a bool tensor [block_rows, block_cols], got ", describe(mask));
   const Tensor rows = torch::stable::contiguous(mask);
   return to_tensor(Pattern::from_mask({static_cast<const uint8_t*>(rows.const_data_ptr()),
                                        static_cast<size_t>(rows.numel())},
@@ -51,7 +51,8 @@ Tensor index_from_mask(const Tensor& mask) {
 
 Tensor index_from_blocks(const Tensor& blocks, int64_t block_rows, int64_t block_cols) {
   check(blocks.scalar_type() == ScalarType::Long && blocks.dim() == 2 && blocks.size(1) == 2,
-        "blocks: must be an int64 tensor [n, 2] of (block row, block column)");
+        "blocks: must be an int64 tensor [n, 2] of (block row, block column), got ",
+        describe(blocks));
   const Tensor rows = torch::stable::contiguous(blocks);
   const auto* pairs = static_cast<const int64_t*>(rows.const_data_ptr());
   std::vector<Pattern::Block> list;

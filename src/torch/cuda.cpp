@@ -64,8 +64,7 @@ Tensor index_from_bsr(const Tensor& crow_indices, const Tensor& col_indices, int
   constexpr int64_t max_index = std::numeric_limits<int32_t>::max();
   check_index_tensor("crow_indices", crow_indices);
   check_index_tensor("col_indices", col_indices);
-  check(col_indices.is_cuda() && col_indices.get_device_index() == crow_indices.get_device_index(),
-        "col_indices: is on another device than crow_indices");
+  check_same_device("col_indices", col_indices, "crow_indices", crow_indices);
   check(crow_indices.numel() >= 1, "crow_indices: is empty; it needs block_rows + 1 entries");
   const GridShape grid{crow_indices.numel() - 1, block_cols, col_indices.numel()};
   check(block_cols >= 0 && block_cols < max_index && grid.block_rows < max_index,

@@ -20,7 +20,8 @@ Dtype dtype_of(const char* name, const Tensor& tensor) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      throw Error(concat(name, ": dtype must be float64, float32, bfloat16 or float16"));
+      throw Error(concat(name, ": dtype must be float64, float32, bfloat16 or float16, got ",
+                         torch::headeronly::toString(tensor.scalar_type())));
   }
 }
 
@@ -29,11 +30,6 @@ void check_same(const char* name, const Tensor& tensor, const char* other_name,
   check(dtype_of(name, tensor) == dtype_of(other_name, other), name, ": dtype is ",
         to_string(dtype_of(name, tensor)), ", but ", other_name, " has ",
         to_string(dtype_of(other_name, other)));
-}
-
-void check_same_device(const char* name, const Tensor& tensor, const Tensor& other) {
-  check(tensor.is_cpu() == other.is_cpu() && tensor.get_device_index() == other.get_device_index(),
-        name, ": is on another device than the first tensor argument");
 }
 
 int64_t check_features(const char* name, int64_t value) {
@@ -50,15 +46,12 @@ int64_t check_block(const char* name, int64_t value) {
 }
 
 BlockShape block_shape_of(const Tensor& values) {
-  check(values.dim() == 3, "values: must be [nnz, block_out, block_in], got ", values.dim(),
-        " dimensions");
+  check(values.dim() == 3, "values: must be [nnz, block_out, block_in], got ", describe(values));
   return {check_block("values", values.size(1)), check_block("values", values.size(2))};
 }
 
 // The indices as a view; `grid` comes from the sizes of the other tensors.
-PatternView pattern_of(const Tensor& index, GridShape grid, const Tensor& first) {
-  check_index_tensor("index", index);
-  check_same_device("index", index, first);
+PatternView pattern_of(const Tensor& index, GridShape grid) {
   check(index.numel() == grid.index_size(), "index: has ", index.numel(), " entries; ",
         grid.block_rows, " x ", grid.block_cols, " blocks with ", grid.nnz, " present need ",
         grid.index_size());
@@ -118,7 +111,27 @@ void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output
 
 void check_index_tensor(const char* name, const Tensor& tensor) {
   check(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous(),
-        name, ": must be a contiguous int32 tensor of one dimension");
+        name, ": must be a contiguous int32 tensor of one dimension, got ", describe(tensor));
+}
+
+std::string describe(const Tensor& tensor) {
+  std::string sizes;
+  for (int64_t size : tensor.sizes()) sizes += concat(sizes.empty() ? "" : ", ", size);
+  return concat(tensor.is_contiguous() ? "" : "strided ",
+                torch::headeronly::toString(tensor.scalar_type()), " [", sizes, "]");
+}
+
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return concat("cuda:", tensor.get_device_index());
+  return "a device that is neither cpu nor cuda";
+}
+
+void check_same_device(const char* name, const Tensor& tensor, const char* other_name,
+                       const Tensor& other) {
+  check(tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
+            tensor.get_device_index() == other.get_device_index(),
+        name, ": is on ", device_name(tensor), ", but ", other_name, " on ", device_name(other));
 }
 
 Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
@@ -133,20 +146,22 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
   desc.block = block_shape_of(values);
   desc.nnz = values.size(0);
   check_same("input", input, "values", values);
-  check_same_device("values", values, input);
+  check_same_device("values", values, "input", input);
+  check_index_tensor("index", index);
+  check_same_device("index", index, "input", input);
 
   const Rows x = rows_of("input", input, desc.in_features);
   const Tensor blocks = torch::stable::contiguous(values);
   desc.tokens = x.count;
   ProductArgs args;
   args.x = x.view;
-  args.weight = {pattern_of(index, desc.grid(), input), blocks.const_data_ptr()};
+  args.weight = {pattern_of(index, desc.grid()), blocks.const_data_ptr()};
   std::optional<Tensor> contiguous_bias;
   if (bias) {
     check_same("bias", *bias, "values", values);
-    check_same_device("bias", *bias, input);
+    check_same_device("bias", *bias, "input", input);
     check(bias->dim() == 1 && bias->size(0) == out_features, "bias: must have shape [",
-          out_features, "], got ", bias->numel(), " elements in ", bias->dim(), " dimensions");
+          out_features, "], got ", describe(*bias));
     contiguous_bias = torch::stable::contiguous(*bias);
     args.bias = contiguous_bias->const_data_ptr();
   }
@@ -166,14 +181,16 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
   desc.block = block_shape_of(values);
   desc.nnz = values.size(0);
   check_same("grad_output", grad_output, "values", values);
-  check_same_device("values", values, grad_output);
+  check_same_device("values", values, "grad_output", grad_output);
+  check_index_tensor("index", index);
+  check_same_device("index", index, "grad_output", grad_output);
 
   const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
   const Tensor blocks = torch::stable::contiguous(values);
   desc.tokens = dy.count;
   ProductArgs args;
   args.dy = dy.view;
-  args.weight = {pattern_of(index, desc.grid(), grad_output), blocks.const_data_ptr()};
+  args.weight = {pattern_of(index, desc.grid()), blocks.const_data_ptr()};
   Tensor output = allocate_like_rows(grad_output, in_features);
   run_product(desc, args, output);
   return output;
@@ -190,12 +207,15 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   desc.in_features = check_features("input", input.size(input.dim() - 1));
   desc.block = {check_block("block_out", block_out), check_block("block_in", block_in)};
   check_same("grad_output", grad_output, "input", input);
-  check_same_device("input", input, grad_output);
+  check_same_device("input", input, "grad_output", grad_output);
+  check_index_tensor("index", index);
+  check_same_device("index", index, "grad_output", grad_output);
 
   const GridShape grid = desc.grid();
   const int64_t per_block = index.numel() - grid.index_size();  // nnz is not known yet: 4 nnz
-  check(per_block >= 0 && per_block % 4 == 0, "index: ", index.numel(), " entries fit no pattern of ",
-        grid.block_rows, " x ", grid.block_cols, " blocks");
+  check(per_block >= 0 && per_block % 4 == 0, "index: has ", index.numel(), " entries; ",
+        grid.block_rows, " x ", grid.block_cols, " blocks need ", grid.index_size(),
+        " and 4 more for each present block");
   desc.nnz = per_block / 4;
 
   const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
@@ -205,7 +225,7 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   ProductArgs args;
   args.x = x.view;
   args.dy = dy.view;
-  args.weight = {pattern_of(index, desc.grid(), grad_output), nullptr};
+  args.weight = {pattern_of(index, desc.grid()), nullptr};
   Tensor output = torch::stable::new_empty(input, {desc.nnz, block_out, block_in});
   run_product(desc, args, output);
   return output;

@@ -5,9 +5,34 @@
 #include <random>
 
 #include "problem.h"
+#include "reference.h"
 
 namespace block_sparse {
 namespace {
+
+// What src/cuda/reference.cu runs, on the CPU: the same functions, with the accumulator that the
+// GPU uses, one element of the output at a time.
+Kernel cuda_reference_on_the_cpu() {
+  Kernel kernel = kernels(Backend::cpu).back();
+  kernel.name = "cuda_reference on the CPU";
+  kernel.run = [](const ProductDesc& desc, const ProductArgs& args, const Execution&) {
+    const int64_t cols = reference::output_cols(desc);
+    visit(desc.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      for (int64_t i = 0; i < reference::output_rows(desc) * cols; ++i) {
+        reference::element<typename Traits<T>::Accumulate, T>(desc, args, i / cols, i % cols);
+      }
+    });
+  };
+  return kernel;
+}
+
+std::vector<Kernel> all_kernels() {
+  const auto list = kernels(Backend::cpu);
+  std::vector<Kernel> all(list.begin(), list.end());
+  all.push_back(cuda_reference_on_the_cpu());
+  return all;
+}
 
 // Two threads that take turns, the later range first: ranges must not depend on each other.
 Execution two_threads() {
@@ -47,7 +72,7 @@ class Products : public ::testing::TestWithParam<std::tuple<Product, Dtype, Epil
       for (const int64_t nnz : {int64_t{0}, (cells + 3) / 4, (cells + 1) / 2, cells}) {
         Problem problem = make_problem(
             desc, Pattern::random(grid.block_rows, grid.block_cols, nnz, ++seed), draw);
-        for (const Kernel& kernel : kernels(Backend::cpu)) {
+        for (const Kernel& kernel : all_kernels()) {
           if (kernel.why_not(problem.desc)) continue;
           SCOPED_TRACE(std::string(kernel.name) + ": " + to_string(problem.desc));
           f(problem, kernel, Execution{});
@@ -117,7 +142,7 @@ INSTANTIATE_TEST_SUITE_P(All, Products,
 // entry corrupt it may compute anything, but a sanitizer must see no invalid access.
 TEST(ProductsTest, TheReferenceSurvivesACorruptIndex) {
   std::mt19937 generator(3);
-  const Kernel& reference = kernels(Backend::cpu).back();
+  const Kernel reference = cuda_reference_on_the_cpu();
   for (Product product : {Product::forward, Product::grad_input, Product::grad_weight}) {
     const ProductDesc desc{product, Dtype::f32, Epilogue::none, 3, 21, 19, {4, 8}, 0};
     Problem problem = make_problem(desc, Pattern::random(6, 3, 7, 1), [] { return 1.0; });

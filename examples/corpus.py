@@ -1,0 +1,82 @@
+"""Real text that every Python has: the sources of its standard library, as batches of tokens.
+
+Files in the order of their names; every tenth is held out. A byte-level BPE tokenizer is trained
+on the others. Masking follows BERT and RoBERTa, drawn anew for each batch from the batch's seed.
+"""
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+
+BOS, PAD, EOS, UNK, MASK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# Tests repeat themselves, tables are no text, and what others installed differs between machines.
+EXCLUDED = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
+    *("encodings", "lib2to3", "pydoc_data"),
+}
+
+
+class Batch(NamedTuple):
+    """Arguments of a masked language model: -100 labels the tokens that are not predicted."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def source_files() -> list[Path]:
+    """The sources of the standard library, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return [root / path for path in sorted(files) if EXCLUDED.isdisjoint(path.parts)]
+
+
+def split(files: list[Path]) -> tuple[list[str], list[str]]:
+    """The texts to train on, and the held-out ones."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return [text for i, text in enumerate(texts) if i % 10], texts[::10]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> ByteLevelBPETokenizer:
+    """A byte-level BPE tokenizer, whose special tokens have the ids that RoBERTa expects."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        texts, vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    )
+    return tokenizer
+
+
+def sequences(tokenizer: ByteLevelBPETokenizer, texts: list[str], length: int) -> torch.Tensor:
+    """The texts one after the other, cut into rows of `length` tokens: [rows, length]."""
+    end = tokenizer.token_to_id(EOS)
+    ids = [i for text in tokenizer.encode_batch(texts) for i in (*text.ids, end)]
+    rows = len(ids) // length
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def mask_tokens(rows: torch.Tensor, vocab_size: int, generator: torch.Generator) -> Batch:
+    """Choose 15 % of the tokens to predict: 80 % of them masked, 10 % random, 10 % as they are."""
+    chosen = torch.rand(rows.shape, generator=generator) < 0.15
+    kind = torch.rand(rows.shape, generator=generator)
+    random = torch.randint(len(SPECIAL_TOKENS), vocab_size, rows.shape, generator=generator)
+    shown = torch.where(
+        kind < 0.8, SPECIAL_TOKENS.index(MASK), torch.where(kind < 0.9, random, rows)
+    )
+    return Batch(torch.where(chosen, shown, rows), rows.masked_fill(~chosen, -100))
+
+
+def batches(
+    rows: torch.Tensor, batch_size: int, count: int, vocab_size: int, seed: int
+) -> Iterator[Batch]:
+    """The same `count` batches for the same seed: rows in random order, over and over."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(count):
+        while len(order) < batch_size:
+            order = torch.cat((order, torch.randperm(len(rows), generator=generator)))
+        picked, order = order.split((batch_size, len(order) - batch_size))
+        yield mask_tokens(rows[picked], vocab_size, generator)

@@ -1,0 +1,160 @@
+"""PatternModule: keeps a pattern right through all that is done to a module.
+
+Moves, casts, the meta device, checkpoints. It knows nothing of what the module computes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._resized import refuse_old_state
+from .pattern import Pattern
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Derived from the pattern; never cast, never made up: see `_apply`.
+_INDEX_BUFFERS = ("crow_indices", "col_indices", "_index")
+
+
+class PatternModule(nn.Module):
+    """A module with ``values`` ``[nnz, block_out, block_in]`` at the present blocks of a pattern.
+
+    The pattern is held as buffers: ``crow_indices`` and ``col_indices``, which are saved, and
+    ``_index``, which is made from them and which the products read.
+    """
+
+    in_features: int
+    out_features: int
+    block_shape: tuple[int, int]
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow_indices: Tensor
+    col_indices: Tensor
+    _index: Tensor
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which blocks are present; shares memory with the layer."""
+        return Pattern(
+            self.crow_indices,
+            self.col_indices,
+            self._index,
+            (self.out_features, self.in_features),
+            self.block_shape,
+        )
+
+    def _pattern_from_bsr(self, crow_indices: Tensor, col_indices: Tensor) -> Pattern:
+        shape = (self.out_features, self.in_features)
+        return Pattern.from_bsr(crow_indices, col_indices, shape, self.block_shape)
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        """Makes `pattern` the layer's, on the device of `values`; its nnz is that of `values`."""
+        device = self.values.device
+        # A module on the meta device has no numbers: what it will need is kept on the host.
+        self._host_pattern = pattern.to("cpu") if device.type == "meta" else None
+        moved = pattern.to(device)
+        self.register_buffer("crow_indices", moved.crow_indices)
+        self.register_buffer("col_indices", moved.col_indices)
+        self.register_buffer("_index", moved.index, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PatternModule":
+        # Indices follow the device of `values` and nothing else: .type(dtype) must not touch them,
+        # and to_empty() would make them garbage.
+        pattern = self._pattern_to_keep()
+        for name in _INDEX_BUFFERS:
+            del self._buffers[name]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._set_pattern(pattern)
+        if self.values.is_shared():
+            for index in (self.crow_indices, self.col_indices, self._index):
+                index.share_memory_()
+        return self
+
+    def _pattern_to_keep(self) -> Pattern:
+        if self.crow_indices.is_meta or self.col_indices.is_meta:
+            assert self._host_pattern is not None
+            return self._host_pattern
+        if self._index.is_meta:  # accelerate has placed the tensors of a checkpoint one by one
+            return self._pattern_from_bsr(self.crow_indices, self.col_indices)
+        return self.pattern
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_index" and not value.is_meta:
+            # transformers' from_pretrained sets tensors one by one; last, and to an empty one, what
+            # is in no checkpoint. It is made from the others here.
+            self._set_pattern(self._pattern_from_bsr(self.crow_indices, self.col_indices))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Adopts the pattern of the checkpoint. A checkpoint that does not fit changes nothing."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        keys = [prefix + name for name in ("values", "crow_indices", "col_indices")]
+        present = [key for key in keys if key in state_dict]
+        pattern = None
+        if len(present) < len(keys):  # they mean something only together
+            state_dict = {key: state_dict[key] for key in state_dict if key not in present}
+        elif assign or not self.values.is_meta:  # else nn.Module warns that it does nothing
+            try:
+                pattern = self._check_checkpoint(state_dict, prefix)
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(f"{prefix}: {error}" if prefix else str(error))
+                return
+            if pattern.nnz != self.block_count:
+                self._resize(pattern)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys[:] = [key for key in missing_keys if key not in present]
+        if pattern is not None:
+            if assign or self._index.is_meta:
+                self._set_pattern(pattern if assign else own(pattern))
+            else:
+                self._index.copy_(pattern.index)
+
+    def _check_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> Pattern:
+        pattern = self._pattern_from_bsr(
+            state_dict[prefix + "crow_indices"], state_dict[prefix + "col_indices"]
+        )
+        sizes = {"values": (pattern.nnz, *self.block_shape), "bias": (self.out_features,)}
+        for name, size in sizes.items():
+            tensor = state_dict.get(prefix + name)
+            if tensor is None or getattr(self, name) is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in DTYPES or tensor.is_meta:
+                raise TypeError(
+                    f"{name}: must be floating point, with numbers, got {tensor.dtype} on "
+                    f"{tensor.device}"
+                )
+            if tuple(tensor.shape) != size:
+                raise ValueError(f"{name}: must be {list(size)}, got {list(tensor.shape)}")
+        return pattern
+
+    def _resize(self, pattern: Pattern) -> None:
+        """Makes room for another number of blocks in the same Parameter object.
+
+        So an optimizer that was made before goes on training it.
+        """
+        self.values.grad = None
+        self.values.data = self.values.new_empty((pattern.nnz, *self.block_shape))
+        self._set_pattern(own(pattern))
+        refuse_old_state(self)
+
+
+def own(pattern: Pattern) -> Pattern:
+    """`pattern` in memory of its own: a layer changes its indices in place."""
+    return Pattern._from_index(pattern.index.clone(), pattern.shape, pattern.block_shape)

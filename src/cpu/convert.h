@@ -1,0 +1,78 @@
+// Sixteen-bit floats to vectors of float and back, rounding to nearest even as dtype.h does.
+#pragma once
+
+#include "block_sparse/dtype.h"
+#include "cpu/simd.h"
+
+namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+
+// As many sixteen-bit elements as a vector has floats.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+BLOCK_SPARSE_INLINE Halves load_halves(const void* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return halves;
+}
+BLOCK_SPARSE_INLINE Halves load_halves(const void* from, int64_t count) {
+  if (count == kLanes<float>) return load_halves(from);
+  Halves halves{};
+  std::memcpy(&halves, from, static_cast<size_t>(count) * sizeof(uint16_t));
+  return halves;
+}
+
+template <class T>
+struct Convert;
+
+template <>
+struct Convert<BFloat16> {
+  BLOCK_SPARSE_INLINE static Vec<float> widen(Halves halves) {
+    return reinterpret_cast<Vec<float>>(__builtin_convertvector(halves, Vec<uint32_t>) << 16);
+  }
+  BLOCK_SPARSE_INLINE static Halves narrow(Vec<float> vector) {
+    const Vec<uint32_t> bits = reinterpret_cast<Vec<uint32_t>>(vector);
+    const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    // NaN stays NaN: rounding could carry into infinity.
+    const Vec<uint32_t> quiet = (bits >> 16) | 0x40u;
+    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Halves);
+  }
+};
+
+template <>
+struct Convert<Float16> {
+#if defined(__AVX512F__)
+  BLOCK_SPARSE_INLINE static Vec<float> widen(Halves halves) {
+    return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(halves)));
+  }
+  BLOCK_SPARSE_INLINE static Halves narrow(Vec<float> vector) {
+    return reinterpret_cast<Halves>(
+        _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  BLOCK_SPARSE_INLINE static Vec<float> widen(Halves halves) {
+    return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
+  }
+  BLOCK_SPARSE_INLINE static Halves narrow(Vec<float> vector) {
+    return reinterpret_cast<Halves>(
+        _mm256_cvtps_ph(reinterpret_cast<__m256>(vector), _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  // No instruction for it: the portable conversion, lane by lane.
+  BLOCK_SPARSE_INLINE static Vec<float> widen(Halves halves) {
+    Vec<float> vector;
+    for (int i = 0; i < kLanes<float>; ++i) {
+      vector[i] = block_sparse::load<float>(Float16{halves[i]});
+    }
+    return vector;
+  }
+  BLOCK_SPARSE_INLINE static Halves narrow(Vec<float> vector) {
+    Halves halves;
+    for (int i = 0; i < kLanes<float>; ++i) {
+      halves[i] = block_sparse::store<Float16>(static_cast<double>(vector[i])).bits;
+    }
+    return halves;
+  }
+#endif
+};
+
+}  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL
