@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from optim_helpers import layers_of, mlp
 from torch.nn.parallel import DistributedDataParallel
 
+from optim_helpers import layers_of, mlp
 from pytorch_block_sparse.optim import (
     BlockMovement,
     BlockRigL,

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from optim_helpers import dense_of, grid_of, mlp, one_thread, train_step  # noqa: F401
 from torch import nn
 
+from optim_helpers import dense_of, grid_of, mlp, one_thread, train_step  # noqa: F401
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
 from pytorch_block_sparse.optim import (
     BlockMovement,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from optim_helpers import mlp, one_thread, train_step  # noqa: F401
 from torch import nn
 
+from optim_helpers import mlp, one_thread, train_step  # noqa: F401
 from pytorch_block_sparse import BlockSparseModelPatcher
 from pytorch_block_sparse.optim import (
     Constant,
@@ -51,10 +51,8 @@ def test_random_choice_depends_on_seed_name_and_step_alone():
         assert torch.equal(pick, again) and len(pick.unique()) == 10
         picks[seed, name, step] = tuple(pick.tolist())
     assert len(set(picks.values())) == 4
-    # Fixed for ever: a checkpoint resumes on another machine and with another version.
-    assert picks[0, "a", 1] == tuple(
-        choose.random_sample(items, 10, choose.generator(0, "a", 1)).tolist()
-    )
+    # Written down: a checkpoint resumes on another machine.
+    assert picks[0, "a", 1][:4] == (2070, 477, 1128, 582)
     assert len(choose.random_sample(items[:3], 10, choose.generator(0, "a", 1))) == 3
 
 
@@ -156,7 +154,7 @@ def test_sparse_optimizer_draws_new_values(distribution):
     )
     sparse.attach_optimizer(adam)
     sparse.attach_optimizer(adam)
-    before, spread = layer.pattern.mask(), 0.5 * float(layer.values.std())
+    before, spread = layer.pattern.mask(), 0.5 * float(layer.values.detach().std())
     smallest = layer.weight.block_norm(1).argsort()[: layer.block_count // 4]
     pairs = before.nonzero()[smallest]
     sparse.step()
@@ -167,9 +165,8 @@ def test_sparse_optimizer_draws_new_values(distribution):
     new = layer.values.detach()[fresh]
     assert not adam.state[layer.values]["exp_avg"][fresh].any()
     assert adam.state[layer.values]["exp_avg"][~fresh].any()
-    assert new.std() == pytest.approx(
-        spread * (1 / 3**0.5 if distribution == "uniform" else 1), 0.1
-    )
+    expected = spread / 3**0.5 if distribution == "uniform" else spread
+    assert new.std() == pytest.approx(expected, 0.1)
     assert abs(new.mean()) < 0.1 * spread
     if distribution == "uniform":
         assert new.abs().max() <= spread and new.abs().max() > 0.95 * spread

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from optim_helpers import layers_of, mlp, one_thread, train_step  # noqa: F401
 from torch import nn
 
+from optim_helpers import layers_of, mlp, one_thread, train_step  # noqa: F401
 from pytorch_block_sparse import BlockSparseLinear
 from pytorch_block_sparse.optim import (
     BlockMovement,

@@ -11,7 +11,7 @@ A method is applied to model and optimizer and stepped after the optimizer::
 
 Each method is one file: ``block_set``, ``block_rigl``, ``gradual_magnitude``, ``block_movement``,
 ``block_wanda``. They stand on ``sparsifier`` (when), ``scores`` and ``choose`` (which), ``observe``
-(what passes through a layer) and ``update`` (the change itself).
+(what passes through a layer) and ``update`` (the change itself). ``importance`` only measures.
 """
 
 from .block_movement import BlockMovement
@@ -21,12 +21,14 @@ from .block_wanda import BlockWanda
 from .distillation import DistillationLoss, teacher_of
 from .distribution import layer_counts, layer_densities
 from .gradual_magnitude import GradualMagnitude
+from .importance import BlockImportance
 from .schedule import Constant, Cosine, Cubic, Every
 from .sparse_optimizer import SparseOptimizer
 from .sparsifier import Sparsifier
 from .update import Change, compact_, update_pattern_
 
 __all__ = [
+    "BlockImportance",
     "BlockMovement",
     "BlockRigL",
     "BlockSET",

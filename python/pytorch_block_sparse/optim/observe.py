@@ -95,12 +95,48 @@ def watch_inputs(observers: list[InputSquares]) -> Iterator[None]:
             handle.remove()
 
 
-class CandidateGradients:
+class GradientWatcher:
+    """Base: sees the input and the gradient of the output of a layer in each backward.
+
+    What it gathers sums over the backward passes until :meth:`remove`. A pass whose gradient is not
+    finite (a step that a GradScaler skips) is not counted.
+    """
+
+    def __init__(self, layer: BlockSparseLinear) -> None:
+        self.layer = layer
+        self.passes = torch.zeros((), dtype=torch.float64, device=layer.values.device)
+        self._handle = layer.register_forward_hook(self._after_forward)
+        _Eager.hold()
+
+    def _after_forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            input = args[0].detach()
+            output.register_hook(lambda gradient: self._after_backward(input, gradient))
+
+    @torch.no_grad()
+    def _after_backward(self, input: Tensor, gradient: Tensor) -> None:
+        finite = gradient.isfinite().all()
+        self._add(input, torch.where(finite, gradient, 0))
+        self.passes += finite
+
+    def _add(self, input: Tensor, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Takes the hook off the layer. To be called once."""
+        self._handle.remove()
+        _Eager.release()
+
+    def seen(self, group: Any = None) -> bool:
+        """True if a finite gradient passed, on any rank."""
+        return bool(all_reduce_(self.passes.clone(), group) > 0)
+
+
+class CandidateGradients(GradientWatcher):
     """The gradient of blocks that a layer lacks, as if they were there with weight 0.
 
     It is exact and costs the existing product `grad_weight` on the pattern of the candidates; no
-    dense gradient is made. Sums over the backward passes until :meth:`remove`. A pass whose
-    gradient is not finite (a step that a GradScaler skips) is not counted.
+    dense gradient is made.
 
     Args:
         layer: the layer to watch.
@@ -108,34 +144,17 @@ class CandidateGradients:
     """
 
     def __init__(self, layer: BlockSparseLinear, ids: Tensor) -> None:
-        self.layer = layer
         self.ids = ids
         self.inputs = InputSquares(layer)
-        self.passes = torch.zeros((), dtype=torch.float64, device=ids.device)
         dtype = torch.promote_types(layer.values.dtype, torch.float32)
         self.sum = torch.zeros((len(ids), *layer.block_shape), dtype=dtype, device=ids.device)
         self._index = indices_of(ids, layer.pattern.grid)[2]
-        self._handle = layer.register_forward_hook(self._after_forward)
-        _Eager.hold()
+        super().__init__(layer)
 
-    def _after_forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        if output.requires_grad:
-            input = args[0].detach()
-            output.register_hook(lambda gradient: self._add(input, gradient))
-
-    @torch.no_grad()
     def _add(self, input: Tensor, gradient: Tensor) -> None:
         x = input.to(gradient.dtype)
-        product = ops.grad_weight(gradient, x, self._index, *self.layer.block_shape)
-        finite = product.isfinite().all()
-        self.sum += torch.where(finite, product, 0)
-        self.passes += finite
+        self.sum += ops.grad_weight(gradient, x, self._index, *self.layer.block_shape)
         self.inputs.add(input)
-
-    def remove(self) -> None:
-        """Takes the hook off the layer. To be called once."""
-        self._handle.remove()
-        _Eager.release()
 
     def norms(self, *, per_input_rms: bool = False, group: Any = None) -> Tensor:
         """``[n]``: the 2-norm of the gradient of each candidate, summed over all ranks first.
@@ -151,6 +170,29 @@ class CandidateGradients:
             total = total / rms.maximum(floor)[cols][:, None, :]
         return torch.linalg.vector_norm(total, dim=(1, 2))
 
-    def seen(self, group: Any = None) -> bool:
-        """True if a finite gradient passed, on any rank."""
-        return bool(all_reduce_(self.passes.clone(), group) > 0)
+
+class PooledGradients(GradientWatcher):
+    """An upper bound of the gradient's norm, for every block of the grid, present or not.
+
+    |dW_B| <= sum over the tokens of |dy_B| |x_B|: the norms are taken over each block's outputs and
+    inputs, and their product costs 1 / (block_out * block_in) of a dense gradient.
+    """
+
+    def __init__(self, layer: BlockSparseLinear) -> None:
+        self.sum = torch.zeros(layer.pattern.grid, device=layer.values.device)
+        super().__init__(layer)
+
+    def _add(self, input: Tensor, gradient: Tensor) -> None:
+        block_out, block_in = self.layer.block_shape
+        self.sum += _norms(gradient, block_out).t() @ _norms(input, block_in)
+
+    def bounds(self, group: Any = None) -> Tensor:
+        """float32 ``[block_rows, block_cols]``, over all ranks."""
+        return all_reduce_(self.sum.clone(), group)
+
+
+def _norms(tensor: Tensor, width: int) -> Tensor:
+    """``[tokens, blocks]``: the 2-norm of each token's features, `width` at a time."""
+    rows = tensor.reshape(-1, tensor.shape[-1]).float()
+    rows = nn.functional.pad(rows, (0, -rows.shape[1] % width))
+    return torch.linalg.vector_norm(rows.view(len(rows), -1, width), dim=2)
