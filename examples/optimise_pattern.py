@@ -223,6 +223,8 @@ def runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     keys = []
     for seed in args.seeds:
         for method in args.methods:
+            starts_dense = method == "dense" or method in FROM_DENSE
+            rate = args.learning_rate if starts_dense else args.sparse_learning_rate
             for density in [1.0] if method == "dense" else args.densities:
                 for block in [0] if method == "dense" else args.blocks:
                     if method == "dense, small" and block != args.blocks[0]:
@@ -233,7 +235,7 @@ def runs(args: argparse.Namespace) -> list[dict[str, Any]]:
                             "density": density,
                             "block": block,
                             "seed": seed,
-                            "learning_rate": args.learning_rate,
+                            "learning_rate": rate,
                             "steps": args.steps,
                             "hidden": args.hidden,
                         }
@@ -363,7 +365,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of a step")
     parser.add_argument("--steps", type=int, default=600, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="its highest value")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its highest")
+    parser.add_argument(
+        "--sparse-learning-rate",
+        type=float,
+        default=5e-3,
+        help="that of the models that are small or sparse from the start, which want more",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="a toy model and few steps")
     parser.add_argument("--long", action="store_true", help="the study for a GPU")
