@@ -104,6 +104,21 @@ def test_set_starts_new_blocks_at_zero_or_as_told():
         assert optimizer.state[model[0].values]["exp_avg"][~fresh].any()
 
 
+@pytest.mark.parametrize("build", [BlockSET, BlockRigL])
+def test_new_blocks_can_start_at_the_mean_second_moment(build):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = build(model, optimizer, 100, every=2, second_moment="mean")
+    train_step(model, optimizer, sparsifier)
+    train_step(model, optimizer, sparsifier)
+    state, fresh = optimizer.state[model[0].values], sparsifier.layers[0].born == 2
+    second = state["exp_avg_sq"]
+    assert fresh.any() and not state["exp_avg"][fresh].any()
+    torch.testing.assert_close(second[fresh], second[~fresh].mean().expand_as(second[fresh]))
+    with pytest.raises(ValueError, match="second_moment: must be 'zero' or 'mean'"):
+        build(model, optimizer, 100, second_moment="one")
+
+
 def test_set_grows_as_many_as_fit():
     model = mlp(0.9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -30,9 +30,9 @@ class BlockRigL(BlockSET):
     nothing is compiled again.
 
     Args:
-        model, optimizer, total_steps, every, end, score, new_values, seed, only, process_group:
-            see :class:`BlockSET`. By default there is an update every 100 steps, and never fewer
-            than 20 in all.
+        model, optimizer, total_steps, every, end, score, new_values, second_moment, seed, only,
+            process_group: see :class:`BlockSET`. By default there is an update every 100 steps, or
+            20 in all if that is more, at least 20 steps apart.
         drop: the share to start with (it falls as a cosine), or a schedule of it.
         candidates: how many blocks are scored for each one grown.
         random_share: share of the new blocks that is random.
@@ -68,6 +68,7 @@ class BlockRigL(BlockSET):
         normalise: bool = True,
         score: str = "l1",
         new_values: Callable[[SparseLayer, int], Tensor] | None = None,
+        second_moment: str = "zero",
         seed: int = 0,
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
@@ -87,10 +88,11 @@ class BlockRigL(BlockSET):
             optimizer,
             total_steps,
             drop=drop,
-            every=max(1, min(100, end // 20)) if every is None else every,
+            every=max(20, min(100, end // 20)) if every is None else every,
             end=end,
             score=score,
             new_values=new_values,
+            second_moment=second_moment,
             seed=seed,
             only=only,
             process_group=process_group,

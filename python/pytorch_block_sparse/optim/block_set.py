@@ -15,6 +15,8 @@ from .choose import lowest, random_sample, without_nan
 from .schedule import Cosine, Every, Schedule, share_of
 from .sparsifier import SparseLayer, Sparsifier
 
+_SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
+
 
 class BlockSET(Sparsifier):
     """Replaces a falling share of each layer's blocks: those of lowest norm, by random others.
@@ -27,11 +29,16 @@ class BlockSET(Sparsifier):
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
         total_steps: T, the length of the training in real optimizer steps.
         drop: the share to start with, or a schedule of it.
-        every: steps between updates; by default so that there are about 80.
+        every: steps between updates; by default so that there are about 80, but at least 20: a new
+            block has to learn something before it is judged.
         end: last step with an update; by default 0.75 T.
         score: "l1", "l2" or "max": the norm of which the lowest blocks go.
         new_values: called with (layer, k), returns the values of k new blocks,
             ``[k, block_out, block_in]``; by default zero.
+        second_moment: what new blocks find in Adam's exp_avg_sq (RMSprop's square_avg). "zero", as
+            in all other state; or "mean", the mean over the layer's other blocks. With zeros and a
+            step counter that goes on, Adam's first steps in a new block are 3 to 13 times as large
+            as elsewhere (1 / sqrt(1 - beta2) without its bias correction).
 
     Example:
         >>> import torch
@@ -39,7 +46,7 @@ class BlockSET(Sparsifier):
         >>> from pytorch_block_sparse.optim import BlockSET
         >>> model = torch.nn.Sequential(BlockSparseLinear(128, 128, density=0.25))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> sparsifier = BlockSET(model, optimizer, total_steps=400)
+        >>> sparsifier = BlockSET(model, optimizer, total_steps=400, every=3)
         >>> for _ in range(10):
         ...     model(torch.randn(8, 128)).square().mean().backward()
         ...     optimizer.step()
@@ -60,15 +67,19 @@ class BlockSET(Sparsifier):
         end: int | None = None,
         score: str = "l1",
         new_values: Callable[[SparseLayer, int], Tensor] | None = None,
+        second_moment: str = "zero",
         seed: int = 0,
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
         latest = share_of(total_steps, 0.75)
         end = latest if end is None else end
-        every = max(1, end // 80) if every is None else every
+        every = max(20, end // 80) if every is None else every
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
+        if second_moment not in ("zero", "mean"):
+            raise ValueError(f"second_moment: must be 'zero' or 'mean', got {second_moment!r}")
+        self.second_moment = second_moment
         self.drop = drop if callable(drop) else Cosine(drop, end)
         self.score = scores.FROM_WEIGHTS[score]
         self.new_values = new_values
@@ -89,8 +100,19 @@ class BlockSET(Sparsifier):
         ids = self._grow(layer, count)
         norms = without_nan(self.score(layer.module.values), layer.name)
         new_values = None if self.new_values is None else self.new_values(layer, len(ids))
-        self._replace(layer, lowest(norms, len(ids)), ids, new_values)
+        change = self._replace(layer, lowest(norms, len(ids)), ids, new_values)
+        if self.second_moment == "mean":
+            self._fill_second_moment(layer, change.fresh)
         return len(ids)
+
+    def _fill_second_moment(self, layer: SparseLayer, fresh: Tensor) -> None:
+        assert self.optimizer is not None
+        state = self.optimizer.state.get(layer.module.values, {})
+        for name in _SECOND_MOMENTS & state.keys():
+            weight = (~fresh).to(state[name].dtype)
+            per_block = state[name].mean(dim=(1, 2))
+            mean = (per_block * weight).sum() / weight.sum().clamp(min=1)
+            state[name].copy_(torch.where(fresh[:, None, None], mean, state[name]))
 
     def _count(self, layer: SparseLayer, step: int) -> int:
         """How many blocks are replaced at `step`; a warning if none can be though some should."""
