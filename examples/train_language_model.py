@@ -1,8 +1,8 @@
-"""Trains a small RoBERTa on the sources of Python's standard library: once dense, once block sparse.
+"""Trains a small RoBERTa on the sources of Python's standard library, dense and block sparse.
 
-Both start from the same seed and see the same batches. The sparse one is the same model after three
-lines of BlockSparseModelPatcher. The end compares them, writes a picture, saves the sparse model and
-loads it in a new process, where its held-out loss must be the same.
+Both start from the same seed and see the same batches; the sparse one is the same model after three
+lines of BlockSparseModelPatcher. The end compares them, writes a picture, saves the sparse model
+and loads it in a new process, where its held-out loss must be the same.
 
     python examples/train_language_model.py             # what `make demo` runs: a few minutes
     python examples/train_language_model.py --quick     # a toy, to see that everything works

@@ -19,6 +19,7 @@ std::span<const Kernel> kernels(Backend backend) {
 #else
   constexpr Backend built_for = Backend::cpu;
   static const Kernel list[] = {
+      cpu::few_tokens(),
       cpu::simd(),
       cpu::reference(),
   };

@@ -6,8 +6,9 @@
 namespace block_sparse {
 
 namespace cpu {
-Kernel simd();       // src/cpu/simd_kernel.cpp
-Kernel reference();  // src/reference.cpp
+Kernel few_tokens();  // src/cpu/simd_kernel.cpp
+Kernel simd();        // src/cpu/simd_kernel.cpp
+Kernel reference();   // src/reference.cpp
 }  // namespace cpu
 
 namespace cuda {

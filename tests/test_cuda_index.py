@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from test_cuda import corrupted
 
 from pytorch_block_sparse import Pattern
+from test_cuda import corrupted
 
 pytestmark = [
     pytest.mark.cuda,

@@ -17,6 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
 
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These products are too small for threads: waking them is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (in, out, block shape): whole blocks, ragged both ways, one block larger than the weight, tall
 SIZES = {

@@ -19,6 +19,15 @@ from pytorch_block_sparse import (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These products are too small for threads: waking them is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -406,6 +415,16 @@ def test_leaves_a_declared_tie_alone(attribute, inside):
     else:
         setattr(model, attribute, {"head.weight": "embed.weight"})
         assert_left_alone(model, "head", "its weight is tied to embed.weight")
+
+
+def test_leaves_both_sides_of_a_declared_tie_alone():
+    model = Model()
+    model.all_tied_weights_keys = {"blocks.1.up.weight": "blocks.0.up.weight"}
+    patcher = BlockSparseModelPatcher()
+    patcher.add_pattern(r".*\.up")
+    with pytest.warns(UserWarning, match="left as it is") as caught:
+        assert patcher.patch_model(model) == []
+    assert [str(warning.message).split(":")[0] for warning in caught] == LINEAR[0:4:2]
 
 
 def test_leaves_a_declared_tie_of_old_transformers_alone():

@@ -15,6 +15,16 @@ from torch import nn
 
 from pytorch_block_sparse import BlockSparseLinear, Pattern
 
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These products are too small for threads: waking them is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 IN, OUT, BLOCK = 72, 40, (16, 16)  # 3 x 5 blocks, ragged both ways
 
 

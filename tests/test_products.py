@@ -169,7 +169,7 @@ LAYOUTS = {
 
 
 @each_kernel
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize(
     "leading", [(), (1,), (6,), (0,), (2, 3), (2, 0, 3), (2, 1, 2, 3)], ids=str

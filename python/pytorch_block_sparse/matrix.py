@@ -201,6 +201,11 @@ class BlockSparseMatrix:
             return NotImplemented
         if other.dim() not in (1, 2):
             raise ValueError(f"other: must have one or two dimensions, got {other.dim()}")
+        if other.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"other: must have {self.shape[1]} rows, as the matrix has columns; "
+                f"got {list(other.shape)}"
+            )
         tokens = other if other.dim() == 1 else other.t()
         result = ops.linear(tokens, self.values, self.pattern.index, None, self.shape[0])
         return result if other.dim() == 1 else result.t()
@@ -209,6 +214,11 @@ class BlockSparseMatrix:
         """``X @ W``: `other` is ``[..., rows]``."""
         if not isinstance(other, Tensor):
             return NotImplemented
+        if other.shape[-1:] != self.shape[:1]:
+            raise ValueError(
+                f"other: must have {self.shape[0]} columns, as the matrix has rows; "
+                f"got {list(other.shape)}"
+            )
         return ops.left_linear(other, self.values, self.pattern.index, self.shape[1])
 
     @classmethod

@@ -97,7 +97,7 @@ def _gradients_from(
     ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor
 ) -> tuple[Tensor | None, ...]:
     input, values, index = saved
-    needs_input, needs_values, _, needs_bias = ctx.needs_input_grad[:4]
+    needs_input, needs_values, _, needs_bias, _ = ctx.needs_input_grad
     return (
         grad_input(grad_output, values, index, ctx.in_features) if needs_input else None,
         grad_weight(grad_output, input, index, *ctx.block_shape) if needs_values else None,

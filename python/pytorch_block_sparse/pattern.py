@@ -140,7 +140,7 @@ class Pattern:
     ) -> "Pattern":
         """The pattern of a list of (block row, block column), in any order, each at most once."""
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
-        coordinates = blocks if isinstance(blocks, Tensor) else torch.tensor(blocks, device="cpu")
+        coordinates = blocks if isinstance(blocks, Tensor) else _tensor_of("blocks", blocks)
         device = coordinates.device
         if coordinates.numel() == 0:
             coordinates = coordinates.new_zeros((0, 2), dtype=torch.int64)
@@ -208,6 +208,8 @@ class Pattern:
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
         rows, cols = grid_shape(shape, block_shape)
         nnz = count_for_density(density, rows * cols)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: must be a torch.Generator, got {generator!r}")
         source = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=source))
         index = _index_random(rows, cols, nnz, seed, balanced)
@@ -313,6 +315,13 @@ class Pattern:
             f"Pattern(shape={self.shape}, block_shape={self.block_shape}, nnz={self.nnz}, "
             f"density={self.density:.3g}, device={str(self.device)!r})"
         )
+
+
+def _tensor_of(name: str, pairs: list[tuple[int, int]]) -> Tensor:
+    try:
+        return torch.tensor(pairs, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: must be pairs of ints, got {pairs!r} ({error})") from error
 
 
 def _as_int32(name: str, indices: Tensor) -> Tensor:

@@ -118,6 +118,20 @@ class Blocks {
     }
   }
 
+  // Fetches the rows of a tile in a later entry: blocks are read row by row, out of order, where
+  // the hardware does not foresee it.
+  BLOCK_SPARSE_INLINE void fetch(const Slice& slice, int64_t entry, int64_t row, int rows) const {
+    if constexpr (kDirect) {
+      constexpr int64_t kLine = 64 / sizeof(Packed);
+      const int64_t stride = block_.in / Math::kDepth;
+      const int64_t share = kAdjacentRows ? block_.out * rows / slice.rows : rows;
+      const Packed* from = reinterpret_cast<const Packed*>(values_) +
+                           number(entry) * block_.out * stride +
+                           (kAdjacentRows ? row * share / rows : slice.row + row) * stride;
+      for (int64_t i = 0; i < share * stride; i += kLine) __builtin_prefetch(from + i);
+    }
+  }
+
   // The scalars of a tile: rows from `row` of a slice on, in one entry.
   BLOCK_SPARSE_INLINE Scalars<Packed, kAdjacentRows> scalars(const Slice& slice, int64_t entry,
                                                              int64_t row) const {

@@ -4,6 +4,7 @@
 // that the rest of the library calls.
 #include "cpu/level.h"
 
+#include "cpu/few.h"
 #include "cpu/sddmm.h"
 #include "cpu/spmm.h"
 
@@ -68,18 +69,37 @@ auto with_routine(const ProductDesc& desc, const F& f) {
   });
 }
 
-int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-  return with_routine(
-      desc, [&](auto routine) { return decltype(routine)::type::workspace(desc, execution); });
+template <class F>
+auto with_few(const ProductDesc& desc, const F& f) {
+  if (desc.product == Product::forward) {
+    return with_math(desc, [&](auto math) {
+      return f(std::type_identity<Few<decltype(math), Product::forward>>());
+    });
+  }
+  if (desc.dtype == Dtype::f64)
+    return f(std::type_identity<Few<Plain<double>, Product::grad_input>>());
+  return f(std::type_identity<Few<Plain<float>, Product::grad_input>>());
 }
 
-void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-  with_routine(desc, [&](auto routine) { decltype(routine)::type::run(desc, args, execution); });
-}
+constexpr Routine any{
+    [](const ProductDesc& desc, const Execution& execution) {
+      return with_routine(
+          desc, [&](auto routine) { return decltype(routine)::type::workspace(desc, execution); });
+    },
+    [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+      with_routine(desc,
+                   [&](auto routine) { decltype(routine)::type::run(desc, args, execution); });
+    }};
+
+constexpr Routine few_tokens{
+    [](const ProductDesc&, const Execution&) { return int64_t{0}; },
+    [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+      with_few(desc, [&](auto routine) { decltype(routine)::type::run(desc, args, execution); });
+    }};
 
 }  // namespace
 
 extern const Level level;
-const Level level{BLOCK_SPARSE_STRING(BLOCK_SPARSE_LEVEL), supported, workspace, run};
+const Level level{BLOCK_SPARSE_STRING(BLOCK_SPARSE_LEVEL), supported, any, few_tokens};
 
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

@@ -8,12 +8,17 @@
 
 namespace block_sparse::cpu {
 
+// As in Kernel.
+struct Routine {
+  int64_t (*workspace)(const ProductDesc& desc, const Execution& execution);
+  void (*run)(const ProductDesc& desc, const ProductArgs& args, const Execution& execution);
+};
+
 struct Level {
   std::string_view name;
   bool (*supported)();  // by this machine
-  // As in Kernel, for every product.
-  int64_t (*workspace)(const ProductDesc& desc, const Execution& execution);
-  void (*run)(const ProductDesc& desc, const ProductArgs& args, const Execution& execution);
+  Routine any;          // every product
+  Routine few_tokens;   // forward, and grad_input in f32 and f64
 };
 
 // The best level that the machine supports, or the one that BLOCK_SPARSE_ISA names. Throws if there

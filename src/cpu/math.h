@@ -40,7 +40,8 @@ struct Plain {
   BLOCK_SPARSE_INLINE static void stream(Storage* to, Vec<Sum> sum) {
     BLOCK_SPARSE_LEVEL::stream(to, sum);
   }
-  BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(Packed a, Vec<Packed> b, Vec<Sum> sum) {
+  template <class A>  // a scalar for all lanes, or a vector
+  BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(A a, Vec<Packed> b, Vec<Sum> sum) {
     return sum + a * b;
   }
 };
@@ -71,7 +72,8 @@ struct Widened {
     const Halves halves = Convert<T>::narrow(sum);
     std::memcpy(to, &halves, static_cast<size_t>(count) * sizeof(Storage));
   }
-  BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(Packed a, Vec<Packed> b, Vec<Sum> sum) {
+  template <class A>  // a scalar for all lanes, or a vector
+  BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(A a, Vec<Packed> b, Vec<Sum> sum) {
     return sum + a * b;
   }
 };
@@ -96,7 +98,8 @@ struct Pairs : Widened<BFloat16> {
     if (rows < 2) return low;
     return low | __builtin_convertvector(load_halves(row + stride, count), Vec<Packed>) << 16;
   }
-  BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(Packed a, Vec<Packed> b, Vec<Sum> sum) {
+  template <class A>
+  BLOCK_SPARSE_INLINE static Vec<Sum> multiply_add(A a, Vec<Packed> b, Vec<Sum> sum) {
     const Vec<Packed> all = Vec<Packed>{} + a;
     return reinterpret_cast<Vec<Sum>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                        reinterpret_cast<__m512bh>(all),

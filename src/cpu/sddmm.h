@@ -24,16 +24,19 @@ class Sddmm {
   static constexpr int64_t kMaxChunkBytes = 8 << 20;
   // Steps that the tiles of a block take in turn: what they read then stays in the first cache.
   static constexpr int64_t kTurnSteps = 128;
+  // Rows of a dense operand that are fetched before they are packed.
+  static constexpr int64_t kRowsAhead = 16;
   // Rows of a block that take turns.
   static constexpr int64_t kBandRows = 32;
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-    return Sddmm(desc, {}, nullptr).part_bytes(parts(execution)) * parts(execution);
+    return Sddmm(desc, {}, nullptr).part_bytes(useful_threads(desc, execution)) *
+           useful_threads(desc, execution);
   }
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-    const int64_t count = parts(execution);
+    const int64_t count = useful_threads(desc, execution);
     parallel_for(execution, count, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t offset = part * Sddmm(desc, args, nullptr).part_bytes(count);
@@ -51,8 +54,6 @@ class Sddmm {
 
     int64_t panels() const { return (features + block - 1) / block; }
   };
-
-  static int64_t parts(const Execution& execution) { return std::max(1, execution.threads); }
   static int64_t round_up(int64_t value) { return (value + kLane - 1) / kLane * kLane; }
 
   // True where the outputs should be the lanes: inputs would leave more of them empty, or are so
@@ -112,6 +113,8 @@ class Sddmm {
                           std::min<int64_t>(entries.end, first_[row + 1])};
         if (range.begin >= range.end) continue;
         pack_panel(rows_, row, row_panel_);
+        fetcher_ = {std::min(row + 1, rows_.panels() - 1) * rows_.block, chunk_.begin,
+                    fetcher_share(range)};
         run_row(range);
       }
       token += count;
@@ -132,7 +135,30 @@ class Sddmm {
          token += Math::kDepth, to += side.width) {
       for (int64_t i = 0; i < side.width; i += kLane) {
         const int64_t count = std::clamp<int64_t>(present - i, 0, kLane);
+        // The next rows are far away, in other pages: the hardware does not follow.
+        __builtin_prefetch(from + (token + kRowsAhead) * stride + i);
         store(to + i, Math::join(from + token * stride + i, stride, chunk_.end - token, count));
+      }
+    }
+  }
+
+  // Fetches some more of what the next row will be packed from, while this one is multiplied.
+  struct Fetcher {
+    int64_t feature, token, tokens;
+  };
+  int64_t fetcher_share(Range entries) const {
+    const int64_t groups =
+        ((entries.end - entries.begin) * (lanes_.width / kLane) + kTileVectors - 1) / kTileVectors;
+    const int64_t tiles = groups * ((rows_.block + kTileRows - 1) / kTileRows) *
+                          ((chunk_.end - chunk_.begin + kTurnSteps - 1) / kTurnSteps);
+    return (chunk_.end - chunk_.begin + tiles - 1) / std::max<int64_t>(1, tiles);
+  }
+  void fetch_next_row() const {
+    const int64_t end = std::min(chunk_.end, fetcher_.token + fetcher_.tokens);
+    const auto* from = static_cast<const Storage*>(rows_.data.data) + fetcher_.feature;
+    for (; fetcher_.token < end; ++fetcher_.token) {
+      for (int64_t i = 0; i < rows_.block; i += 64 / int64_t{sizeof(Storage)}) {
+        __builtin_prefetch(from + fetcher_.token * rows_.data.row_stride + i, 0, 2);
       }
     }
   }
@@ -152,15 +178,18 @@ class Sddmm {
   // The vectors of all entries of a row, some at a time: a block narrower than a tile shares it.
   void run_row(Range entries) const {
     const int64_t count = (entries.end - entries.begin) * (lanes_.width / kLane);
-    for (int64_t begin = 0; begin < count; begin += kTileVectors) {
-      with_constant<kTileVectors>(std::min<int64_t>(kTileVectors, count - begin), [&](auto n) {
+    const int64_t groups = (count + kTileVectors - 1) / kTileVectors;
+    for (int64_t group = 0; group < groups; ++group) {
+      const Range now = even_part(count, 1, group, groups);
+      const Range next = even_part(count, 1, std::min(group + 1, groups - 1), groups);
+      with_constant<kTileVectors>(now.end - now.begin, [&](auto n) {
         Target targets[n()];
         const Packed* panels[n()];
         const Packed* ahead[n()];
         for (int v = 0; v < n(); ++v) {
-          targets[v] = target(entries, begin + v);
+          targets[v] = target(entries, now.begin + v);
           panels[v] = panel_of(targets[v]);
-          ahead[v] = panel_of(target(entries, std::min(begin + v + kTileVectors, count - 1)));
+          ahead[v] = panel_of(target(entries, std::min(next.begin + v, next.end - 1)));
         }
         for (int64_t row = 0; row < rows_.block; row += kBandRows) {
           run_band<n()>(row, std::min(kBandRows, rows_.block - row), targets, panels, ahead);
@@ -183,6 +212,7 @@ class Sddmm {
         GatheredVectors<Packed, kVectors> vectors{
             {}, lanes_.width, ahead[r / kTileRows % kVectors] + offset};
         for (int v = 0; v < kVectors; ++v) vectors.data[v] = panels[v] + offset;
+        fetch_next_row();
         with_constant<kTileRows>(std::min<int64_t>(kTileRows, rows - r), [&](auto n) {
           run_tile<n(), kVectors>(row_panel_ + step * rows_.width + row + r, vectors, turn,
                                   step > 0, sums + r * kWidth);
@@ -257,6 +287,7 @@ class Sddmm {
   Sum* partial_;
   Range part_{};   // the entries of this part
   Range chunk_{};  // the tokens of this chunk
+  mutable Fetcher fetcher_{};
 };
 
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

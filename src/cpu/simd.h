@@ -91,6 +91,16 @@ BLOCK_SPARSE_INLINE Vec<T> shuffle(Vec<T> first, Vec<T> second, Choose choose) {
   }(std::make_integer_sequence<int, kLanes<T>>());
 }
 
+template <class T, int kHalf = kLanes<T> / 2>
+BLOCK_SPARSE_INLINE T add_lanes(Vec<T> vector) {
+  if constexpr (kHalf == 0) {
+    return vector[0];
+  } else {
+    const auto upper = [](int lane) constexpr { return (lane + kHalf) % kLanes<T>; };
+    return add_lanes<T, kHalf / 2>(vector + shuffle<T>(vector, vector, upper));
+  }
+}
+
 // Two rows of a transpose: `choose_first` makes the one that stays at i, `choose_second` the other.
 template <class T, int kStep, class First, class Second>
 BLOCK_SPARSE_INLINE void transpose_step(Vec<T> (&rows)[kLanes<T>], First choose_first,

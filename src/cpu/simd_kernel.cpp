@@ -1,4 +1,4 @@
-// The vectorised kernel of the CPU, as dispatch sees it: chooses the instruction set level.
+// The vectorised kernels of the CPU, as dispatch sees them: choose the instruction set level.
 #include <array>
 #include <cstdlib>
 
@@ -70,10 +70,37 @@ const Level& level() {
 Kernel simd() {
   return {"cpu_simd", [](const ProductDesc&) -> Refusal { return std::nullopt; },
           [](const ProductDesc& desc, const Execution& execution) {
-            return level().workspace(desc, execution);
+            return level().any.workspace(desc, execution);
           },
           [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-            level().run(desc, args, execution);
+            level().any.run(desc, args, execution);
+          }};
+}
+
+Kernel few_tokens() {
+  return {"cpu_few_tokens",
+          [](const ProductDesc& desc) -> Refusal {
+            constexpr int64_t kMaxTokens = 8, kMinBlock = 16;
+            if (desc.product == Product::grad_weight) return "computes no grad_weight";
+            if (desc.tokens > kMaxTokens) {
+              return concat("is for at most ", kMaxTokens, " tokens, not ", desc.tokens);
+            }
+            if (desc.block.in < kMinBlock) {
+              return concat("reads blocks of at least ", kMinBlock, " inputs, not ", desc.block.in);
+            }
+            if (desc.product == Product::forward) return std::nullopt;
+            if (size_of(desc.dtype) < 4) return "computes grad_input in f32 and f64 only";
+            if (desc.block.in % kMinBlock != 0) {
+              return concat("grad_input takes blocks of a multiple of ", kMinBlock, " inputs, not ",
+                            desc.block.in);
+            }
+            return std::nullopt;
+          },
+          [](const ProductDesc& desc, const Execution& execution) {
+            return level().few_tokens.workspace(desc, execution);
+          },
+          [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+            level().few_tokens.run(desc, args, execution);
           }};
 }
 

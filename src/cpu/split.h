@@ -5,7 +5,18 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "block_sparse/product.h"
+
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+
+// Threads that are worth their fork: it costs as much as a million multiplications or so. (However
+// few the tokens, the weights have to be read.)
+inline int64_t useful_threads(const ProductDesc& desc, const Execution& execution) {
+  constexpr int64_t kWorkPerThread = 1 << 20, kFewTokens = 8;
+  const int64_t work =
+      desc.nnz * desc.block.out * desc.block.in * std::max(kFewTokens, desc.tokens);
+  return std::clamp<int64_t>(work / kWorkPerThread, 1, std::max(1, execution.threads));
+}
 
 struct Range {
   int64_t begin, end;

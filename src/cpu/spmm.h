@@ -34,11 +34,11 @@ class Spmm {
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
-    return part_bytes(desc) * parts(execution);
+    return part_bytes(desc) * useful_threads(desc, execution);
   }
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-    const int64_t count = parts(execution);
+    const int64_t count = useful_threads(desc, execution);
     // Tokens are all alike, so splitting them balances any pattern; only few tokens do not suffice.
     int64_t token_parts = count;
     while (token_parts > 1 &&
@@ -61,13 +61,12 @@ class Spmm {
         bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
         y_(args.output),
         stream_(streams(desc, args.output)),
+        last_entry_(desc.nnz - 1),
         group_(std::max<int64_t>(1, kGroupDepth / walk_.depth_block)),
         chunk_tokens_(chunk_strips(desc) * kStripTokens),
         chunk_(static_cast<Packed*>(workspace)),
         weights_(walk_, static_cast<const Storage*>(args.weight.values), desc.block,
                  chunk_ + chunk_strips(desc) * strip_elements(desc)) {}
-
-  static int64_t parts(const Execution& execution) { return std::max(1, execution.threads); }
 
   static int64_t strip_elements(const ProductDesc& desc) {
     const int64_t depths = kProduct == Product::forward ? desc.in_features : desc.out_features;
@@ -175,6 +174,7 @@ class Spmm {
           (std::min(walk_.depth_block, walk_.depths - depth) + Math::kDepth - 1) / Math::kDepth;
       // Each row of tiles fetches its share of what the group after this one needs.
       const int64_t later = std::min(entry + group_, slice.entries.end - 1);
+      weights_.fetch(slice, std::min(entry + group_, last_entry_), row, kRows);
       const Packed* ahead = strip + walk_.depth[later] * walk_.depth_block / Math::kDepth * kWidth +
                             row / kTileRows * steps * kLanes<Sum>;
       tile.multiply(weights_.scalars(slice, entry, row),
@@ -188,6 +188,7 @@ class Spmm {
   const Storage* bias_;
   MutableDenseView y_;
   bool stream_;
+  int64_t last_entry_;
   int64_t group_;  // entries that the rows of a block take in turn
   int64_t chunk_tokens_;
   Packed* chunk_;

@@ -16,7 +16,11 @@ BLOCK_SPARSE_INLINE void load_transposed(
   constexpr int L = kLanes<Packed>;
   if (rows == L && count == L * Math::kDepth) {
 #pragma GCC unroll 64
-    for (int i = 0; i < L; ++i) square[i] = Math::load(from + i * stride);
+    for (int i = 0; i < L; ++i) {
+      // So many rows side by side are more streams than the hardware follows.
+      __builtin_prefetch(from + i * stride + 4 * L * Math::kDepth);
+      square[i] = Math::load(from + i * stride);
+    }
   } else {
     for (int i = 0; i < L; ++i) {
       square[i] = i < rows ? Math::load(from + i * stride, count) : Vec<Packed>{};

@@ -32,9 +32,10 @@ struct Vectors {
   const Packed* data;
   int64_t stride;       // from step to step
   const Packed* ahead;  // what will be read after a while: one line of it is fetched per step
+  int64_t ahead_stride = kLanes<Packed>;
 
   BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
-    if (v == 0) __builtin_prefetch(ahead + step * kLanes<Packed>);
+    if (v == 0) __builtin_prefetch(ahead + step * ahead_stride);
     return load(data + step * stride + v * kLanes<Packed>);
   }
 };

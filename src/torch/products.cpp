@@ -61,6 +61,11 @@ PatternView pattern_of(const Tensor& index, GridShape grid) {
   return pattern;
 }
 
+// Itself where it is contiguous: asking torch costs a trip through its dispatcher.
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // A dense operand [..., features] as rows. Copies only what is neither contiguous nor a matrix
 // with adjacent elements; `keep` holds the copy.
 struct Rows {
@@ -151,7 +156,7 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
   check_same_device("index", index, "input", input);
 
   const Rows x = rows_of("input", input, desc.in_features);
-  const Tensor blocks = torch::stable::contiguous(values);
+  const Tensor blocks = as_contiguous(values);
   desc.tokens = x.count;
   ProductArgs args;
   args.x = x.view;
@@ -162,7 +167,7 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
     check_same_device("bias", *bias, "input", input);
     check(bias->dim() == 1 && bias->size(0) == out_features, "bias: must have shape [",
           out_features, "], got ", describe(*bias));
-    contiguous_bias = torch::stable::contiguous(*bias);
+    contiguous_bias = as_contiguous(*bias);
     args.bias = contiguous_bias->const_data_ptr();
   }
   Tensor output = allocate_like_rows(input, out_features);
@@ -186,7 +191,7 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
   check_same_device("index", index, "grad_output", grad_output);
 
   const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
-  const Tensor blocks = torch::stable::contiguous(values);
+  const Tensor blocks = as_contiguous(values);
   desc.tokens = dy.count;
   ProductArgs args;
   args.dy = dy.view;

@@ -1,0 +1,34 @@
+"""The training example runs from end to end, in its short form."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_language_model.py"
+
+
+def test_train_language_model(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--quick", "--out", str(tmp_path)],
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    rows = re.findall(r"^(.+?) +([\d,.]+) +([\d,.]+) +([\d.]+)$", result.stdout, re.MULTILINE)
+    table = {label: [float(n.replace(",", "")) for n in numbers] for label, *numbers in rows}
+    # A quarter of the blocks; the biases stay whole and weigh more in layers as small as these.
+    assert table["linear layers: parameters"][2] < 0.27
+    assert table["linear layers: bytes, with indices"][2] < 0.28
+    for loss in table["held-out loss"][:2]:
+        assert 3 < loss < 6.2, "an untrained model is at log(512) = 6.24"
+
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert "loaded in a new process" in result.stdout

@@ -1,0 +1,353 @@
+"""Models of the transformers library, patched: the same logits, training, checkpoints, generation.
+
+Small random configurations of five families. GPT-2 has Conv1D layers; T5 and GPT-2 initialise some
+weights from the parent module; all but Llama tie their output layer to the embedding.
+"""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from pytorch_block_sparse import (  # noqa: E402
+    BlockSparseLinear,
+    BlockSparseMatrix,
+    BlockSparseModelPatcher,
+)
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These products are too small for threads: waking them is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+VOCABULARY, HIDDEN, INNER = 96, 64, 128
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def roberta():
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.RobertaForMaskedLM(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=4,
+        n_positions=40,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        pad_token_id=1,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        d_ff=INNER,
+        d_kv=16,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+# each with the number of its linear layers that are not tied
+FAMILIES = {bert: 13, roberta: 13, gpt2: 8, llama: 15, t5: 32}
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+causal = pytest.mark.parametrize("family", [gpt2, llama, t5], ids=lambda f: f.__name__)
+
+
+def make(family, seed=0):
+    torch.manual_seed(seed)
+    return family().eval()
+
+
+def patch(model, density, **options):
+    """Patches all that can be patched, in which a warning is an error."""
+    options |= {"density": density, "block_shape": (16, 16)}
+    patcher = BlockSparseModelPatcher()
+    for entry in patcher.get_patchable_layers(model):
+        patcher.add_pattern(entry["regexp"], options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return patcher.patch_model(model)
+
+
+def sparse_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
+
+
+def batch(rows=2, length=8):
+    tokens = torch.arange(rows * length).reshape(rows, length) * 7 % (VOCABULARY - 2) + 2
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**batch()).logits
+
+
+@families
+def test_patched_at_density_one_computes_the_same(family):
+    model = make(family)
+    before = logits(model)
+    report = patch(model, 1.0)
+    assert len(report) == len(sparse_layers(model)) == FAMILIES[family]
+    torch.testing.assert_close(logits(model), before)
+
+
+@families
+def test_num_parameters_counts_what_is_stored(family):
+    model = make(family)
+    dense = model.num_parameters()
+    report = patch(model, 0.25)
+    saved = sum(entry.parameters_before - entry.parameters_after for entry in report)
+    assert model.num_parameters() == dense - saved
+    blocks = sum(entry.shape[0] * entry.shape[1] for entry in report) // 256
+    assert saved == 256 * (blocks - sum(m.block_count for m in sparse_layers(model).values()))
+    assert saved == 256 * blocks * 3 // 4
+
+
+@families
+def test_initialising_every_module_leaves_sparse_layers_as_they_were(family):
+    model = make(family)
+    patch(model, 0.5)
+    before = copy.deepcopy(sparse_layers(model))
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    torch.manual_seed(1)
+    for module in model.modules():
+        model._init_weights(module)
+    assert not torch.equal(model.get_input_embeddings().weight, embedding)
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(layer.values, before[name].values), name
+        assert layer.bias is None or torch.equal(layer.bias, before[name].bias), name
+        assert layer.pattern.equal(before[name].pattern), name
+
+
+@pytest.mark.parametrize("family", [bert, roberta, gpt2, t5], ids=lambda f: f.__name__)
+def test_a_tied_output_layer_is_left_alone(family):
+    model = make(family)
+    before = logits(model)
+    patcher = BlockSparseModelPatcher()
+    patcher.add_pattern(".*", {"density": 1.0, "block_shape": (16, 16)})
+    with pytest.warns(UserWarning, match="left as it is, since its weight is tied to") as caught:
+        patcher.patch_model(model)
+    (warning,) = caught
+    assert str(warning.message).startswith(("lm_head", "cls.predictions.decoder"))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.tie_weights()
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_an_output_layer_that_is_not_tied_is_patched():
+    model = make(llama)
+    patch(model, 0.5)
+    assert type(model.lm_head) is BlockSparseLinear
+
+
+@families
+def test_checkpoint_into_a_model_of_another_seed(family, tmp_path):
+    source = make(family)
+    patch(source, 0.5)
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+
+    target = make(family, seed=1)
+    patch(target, 0.25)  # another number of blocks, too
+    assert not torch.allclose(logits(target), logits(source))
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert target.load_state_dict(state).missing_keys == []
+    assert torch.equal(logits(target), logits(source))
+    assert target.num_parameters() == source.num_parameters()
+
+
+@families
+def test_save_pretrained_and_load_its_file(family, tmp_path):
+    source = make(family)
+    patch(source, 0.5)
+    source.save_pretrained(tmp_path)
+    target = make(family, seed=1)
+    patch(target, 0.5)
+    state = safetensors_torch.load_file(tmp_path / "model.safetensors")
+    keys = target.load_state_dict(state, strict=False)  # tied weights are in the file once
+    assert not keys.unexpected_keys
+    assert not any(key.endswith(("values", "indices")) for key in keys.missing_keys)
+    assert torch.equal(logits(target), logits(source))
+
+
+@families
+def test_gradients_are_those_of_the_masked_dense_model(family):
+    sparse, dense = make(family), make(family)
+    patch(sparse, 0.5)
+    patch(dense, 0.5, pseudo_linear=True)
+    for model in (sparse, dense):
+        model(**batch()).loss.backward()
+    for name, layer in sparse_layers(sparse).items():
+        wanted = BlockSparseMatrix.from_dense(
+            dense.get_submodule(name).weight.grad, pattern=layer.pattern
+        )
+        assert layer.values.grad.any(), name
+        torch.testing.assert_close(
+            layer.values.grad, wanted.values, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@families
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
+    model = make(family).train()
+    patch(model, 0.5)
+
+    def gradients():
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert model.is_gradient_checkpointing
+    again = gradients()
+    assert plain.keys() == again.keys()
+    assert {f"{name}.values" for name in sparse_layers(model)} <= plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@causal
+def test_generates_what_the_dense_model_does(family):
+    model = make(family)
+    inputs = batch(rows=2, length=6)["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    before = model.generate(inputs, **options)
+    assert before.shape[1] >= 6
+    patch(model, 1.0)
+    assert torch.equal(model.generate(inputs, **options), before)
+
+
+def test_t5_casts_to_the_dtype_of_its_weight():
+    model = make(t5)
+    patch(model, 0.5)
+    model.bfloat16()
+    wo = model.encoder.block[0].layer[1].DenseReluDense.wo
+    assert type(wo) is BlockSparseLinear and wo.weight.dtype == torch.bfloat16
+    assert logits(model).isfinite().all()
+
+
+# --- Trainer --------------------------------------------------------------------------------------
+
+
+def trainer(model, folder, **options):
+    torch.manual_seed(0)
+    rows = batch(rows=8)
+    data = [{key: value[i] for key, value in rows.items()} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **({"save_strategy": "no", "max_steps": 6} | options),
+    )
+    return transformers.Trainer(model, arguments, train_dataset=data)
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@families
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_trains(family, bf16, tmp_path):
+    model = make(family)
+    patch(model, 0.5)
+    before = {name: layer.values.detach().clone() for name, layer in sparse_layers(model).items()}
+    run = trainer(model, tmp_path, bf16=bf16)
+    run.train()
+    assert len(losses(run)) == 6 and losses(run)[-1] < 0.9 * losses(run)[0]
+    for name, layer in sparse_layers(model).items():
+        assert layer.values.dtype == torch.float32
+        assert not torch.equal(layer.values, before[name]), name
+
+
+def test_trains_with_gradient_checkpointing(tmp_path):
+    model = make(gpt2)
+    patch(model, 0.5)
+    run = trainer(model, tmp_path, gradient_checkpointing=True, bf16=True)
+    run.train()
+    assert losses(run)[-1] < 0.9 * losses(run)[0]
+
+
+def test_resumes_from_a_checkpoint_of_the_trainer(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3}
+    first = make(roberta)
+    patch(first, 0.5)
+    trainer(first, tmp_path, **options).train()
+
+    second = make(roberta, seed=1)
+    patch(second, 0.5)
+    checkpoint = tmp_path / "checkpoint-3"
+    trainer(second, tmp_path / "second", **options).train(resume_from_checkpoint=str(checkpoint))
+    for name, layer in sparse_layers(second).items():
+        assert layer.pattern.equal(first.get_submodule(name).pattern), name
+    torch.testing.assert_close(logits(second), logits(first))
