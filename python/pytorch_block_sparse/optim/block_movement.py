@@ -1,0 +1,183 @@
+"""BlockMovement: learns a score per block along with the weights; blocks whose score falls go.
+
+Soft movement pruning (Sanh et al., arXiv 2005.07683) in blocks, with the straight-through gradient.
+Best known for fine-tuning. No second forward and no change of the layer: `values` hold the masked
+weight W', so that its gradient is there for all blocks, masked ones too; the weights of masked
+blocks are kept aside and come back if their score rises again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import scores
+from .choose import highest, without_nan
+from .schedule import Cubic, Every, share_of
+from .sparsifier import SparseLayer, Sparsifier
+
+
+class BlockMovement(Sparsifier):
+    """Removes the blocks whose learnt score S falls: mask = sigmoid(S) > tau.
+
+    dL/dS of a block is the sum over it of dL/dW' * W (straight-through), plus the gradient of the
+    penalty ``penalty * tau / tau_final * mean(sigmoid(S))`` over all blocks of all layers. Adam
+    steps S once in each real optimizer step. tau goes from 0 to `threshold` between `begin` and
+    `end`, as a cubic; after `end` the pattern stays and the masked blocks are freed.
+
+    How dense the result is, is what the loss and `penalty` agree on; `floor` bounds it from below.
+
+    Args:
+        model, optimizer, seed, only, process_group: see :class:`Sparsifier`. Patch the model at the
+            density to start from, usually 1.
+        total_steps: T, the length of the training in real optimizer steps.
+        penalty: lambda; more makes the result sparser (5 to 30).
+        threshold: tau at the end.
+        score_lr: learning rate of S.
+        floor: in each layer never fewer than this share of its grid stays.
+        begin, end: first and last step of the threshold's rise; by default 0.1 T and 0.75 T.
+        every: steps between two masks.
+        compact: free the memory of masked blocks at `end` (makes new Parameters). If False, call
+            :meth:`compact` yourself.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_block_sparse import BlockSparseLinear
+        >>> from pytorch_block_sparse.optim import BlockMovement
+        >>> model = torch.nn.Sequential(BlockSparseLinear(128, 128, density=1.0))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> sparsifier = BlockMovement(
+        ...     model, optimizer, total_steps=40, floor=0.25, score_lr=1.0, every=5
+        ... )
+        >>> for _ in range(40):
+        ...     model(torch.randn(8, 128)).square().mean().backward()
+        ...     optimizer.step()
+        ...     entry = sparsifier.step()
+        ...     optimizer.zero_grad()
+        >>> model[0].block_count
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        penalty: float = 10.0,
+        threshold: float = 0.1,
+        score_lr: float = 1e-2,
+        floor: float = 0.005,
+        begin: int | None = None,
+        end: int | None = None,
+        every: int = 10,
+        compact: bool = True,
+        seed: int = 0,
+        only: Callable[[str], bool] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold: must be in (0, 1), got {threshold}")
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor: must be in (0, 1], got {floor}")
+        if penalty < 0:
+            raise ValueError(f"penalty: must not be negative, got {penalty}")
+        earliest, latest = share_of(total_steps, 0.1), share_of(total_steps, 0.75)
+        begin = earliest if begin is None else begin
+        end = latest if end is None else end
+        self.tau = Cubic(0.0, threshold, begin, end)
+        last = begin + (end - begin) // every * every
+        schedule = Every(every, begin, last)
+        super().__init__(
+            model, optimizer, schedule, seed=seed, only=only, process_group=process_group
+        )
+        if compact:
+            self._refuse_compaction_under_ddp()
+        self.penalty, self.threshold, self.floor = penalty, threshold, floor
+        self.compact_at_end = compact
+        self.scores = {
+            layer.name: torch.zeros(layer.module.block_count, device=layer.born.device)
+            for layer in self.layers
+        }
+        self._aside = {
+            layer.name: layer.module.values.detach()[layer.dead] for layer in self.layers
+        }
+        self._adam = torch.optim.Adam(list(self.scores.values()), lr=score_lr)
+
+    def compact(self) -> None:
+        """Frees the memory of masked blocks, for good. Makes new Parameters."""
+        for layer in self.layers:
+            self.scores[layer.name] = self.scores[layer.name][layer.alive]
+            self._aside[layer.name] = self._aside[layer.name][:0]
+            self._compact(layer)
+
+    def _collect(self) -> None:
+        if self.steps >= self.schedule.end:
+            for layer in self.layers:
+                if layer.module.values.grad is not None:
+                    layer.module.values.grad.index_fill_(0, layer.dead, 0)
+            return
+        blocks = sum(layer.start for layer in self.layers)
+        push = self.penalty * self.tau(self.steps) / self.threshold
+        scale = getattr(self.optimizer, "grad_scale", None)  # fused, under a GradScaler
+        for layer in self.layers:
+            values, score = layer.module.values, self.scores[layer.name]
+            soft = torch.sigmoid(score)
+            score.grad = push / blocks * soft * (1 - soft)
+            if values.grad is None:
+                continue
+            slope = scores.effect(values, values.grad)
+            if len(layer.dead):  # their weight is aside, and they do not learn
+                aside = scores.effect(self._aside[layer.name], values.grad[layer.dead])
+                slope[layer.dead] = aside.to(slope.dtype)
+                values.grad.index_fill_(0, layer.dead, 0)
+            score.grad += (slope if scale is None else slope / scale).to(score.dtype)
+        self._adam.step()
+
+    def _after_step(self) -> None:
+        self._hold_at_zero()
+
+    def _update(self) -> dict[str, int]:
+        changed = {layer.name: self._mask(layer) for layer in self.layers}
+        if self.steps == self.schedule.end and self.compact_at_end:
+            self.compact()
+        return changed
+
+    def _mask(self, layer: SparseLayer) -> int:
+        score = without_nan(self.scores[layer.name], layer.name)
+        alive = torch.sigmoid(score) > self.tau(self.steps)
+        least = min(len(score), max(1, round(self.floor * layer.cells)))
+        alive.index_fill_(0, highest(score, least), True)
+        changed = int((alive != layer.alive).sum())
+        if changed:
+            values = layer.module.values
+            values[layer.dead] = self._aside[layer.name]
+            layer.set_alive(alive)
+            self._aside[layer.name] = values[layer.dead]
+            values.index_fill_(0, layer.dead, 0)
+        return changed
+
+    def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:
+        score = self.scores[layer.name]
+        return {
+            **super()._layer_state(layer),
+            "score": score.clone(),
+            "aside": self._aside[layer.name].clone(),
+            "adam": {name: item.clone() for name, item in self._adam.state.get(score, {}).items()},
+        }
+
+    def _load_layer_state(self, layer: SparseLayer, state: dict[str, Any]) -> None:
+        super()._load_layer_state(layer, state)
+        old, device = self.scores[layer.name], layer.born.device
+        score: Tensor = state["score"].to(device, copy=True)
+        params = self._adam.param_groups[0]["params"]
+        params[:] = [score if p is old else p for p in params]
+        self._adam.state.pop(old, None)
+        if state["adam"]:
+            self._adam.state[score] = {
+                name: item.to(item.device if name == "step" else device, copy=True)
+                for name, item in state["adam"].items()
+            }
+        self.scores[layer.name] = score
+        self._aside[layer.name] = state["aside"].to(device, copy=True)

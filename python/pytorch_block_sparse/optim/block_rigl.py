@@ -1,0 +1,149 @@
+"""BlockRigL: drop the smallest blocks, grow those whose gradient is largest.
+
+RigL (Evci et al., arXiv 1911.11134) in blocks, without its dense gradient: a random sample of the
+absent blocks is scored, exactly, by the product that training runs anyway.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block_set import BlockSET
+from .choose import highest, random_sample, without_nan
+from .observe import CandidateGradients
+from .schedule import Schedule, share_of
+from .sparsifier import SparseLayer
+
+
+class BlockRigL(BlockSET):
+    """:class:`BlockSET` that grows by gradient.
+
+    In the step before an update, each layer draws ``candidates * k`` of its absent blocks and sums
+    their gradient, dW = dyt x, over the micro-batches and ranks. Of these the k with the largest
+    2-norm are grown, each column divided by the root mean square of its input feature first: else
+    a few outlier features draw every block to their columns. A share is grown at random.
+
+    Code under torch.compile runs eagerly in that one step, so that gradients can be watched;
+    nothing is compiled again.
+
+    Args:
+        model, optimizer, total_steps, every, end, score, new_values, second_moment, seed, only,
+            process_group: see :class:`BlockSET`. By default there is an update every 100 steps, or
+            20 in all if that is more, at least 20 steps apart.
+        drop: the share to start with (it falls as a cosine), or a schedule of it.
+        candidates: how many blocks are scored for each one grown.
+        random_share: share of the new blocks that is random.
+        normalise: divide by the root mean square of the input features.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_block_sparse import BlockSparseLinear
+        >>> from pytorch_block_sparse.optim import BlockRigL
+        >>> model = torch.nn.Sequential(BlockSparseLinear(128, 128, density=0.25))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> sparsifier = BlockRigL(model, optimizer, total_steps=200, every=5)
+        >>> for _ in range(10):
+        ...     model(torch.randn(8, 128)).square().mean().backward()
+        ...     optimizer.step()
+        ...     entry = sparsifier.step()
+        ...     optimizer.zero_grad()
+        >>> [(entry["step"], entry["churn"]) for entry in sparsifier.log]
+        [(5, 0.25), (10, 0.25)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        drop: float | Schedule = 0.3,
+        every: int | None = None,
+        end: int | None = None,
+        candidates: float = 4.0,
+        random_share: float = 0.1,
+        normalise: bool = True,
+        score: str = "l1",
+        new_values: Callable[[SparseLayer, int], Tensor] | None = None,
+        second_moment: str = "zero",
+        seed: int = 0,
+        only: Callable[[str], bool] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if candidates < 1:
+            raise ValueError(f"candidates: must be at least 1, got {candidates}")
+        if not 0 <= random_share <= 1:
+            raise ValueError(f"random_share: must be in [0, 1], got {random_share}")
+        latest = share_of(total_steps, 0.75)
+        end = latest if end is None else end
+        self.candidates = candidates
+        self.random_share = random_share
+        self.normalise = normalise
+        self._watched: dict[str, CandidateGradients] = {}
+        super().__init__(
+            model,
+            optimizer,
+            total_steps,
+            drop=drop,
+            every=max(20, min(100, end // 20)) if every is None else every,
+            end=end,
+            score=score,
+            new_values=new_values,
+            second_moment=second_moment,
+            seed=seed,
+            only=only,
+            process_group=process_group,
+        )
+        if self.schedule.due(1):
+            self._prepare()
+
+    def _prepare(self) -> None:
+        self._release()
+        step = self.steps + 1
+        for layer in self.layers:
+            count = self._count(layer, step)
+            if count:
+                source = self._random(layer, "candidates", step)
+                ids = random_sample(self._absent(layer), int(self.candidates * count), source)
+                self._watched[layer.name] = CandidateGradients(layer.module, ids.sort().values)
+
+    def _release(self) -> None:
+        for watched in self._watched.values():
+            watched.remove()
+        self._watched = {}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_watched"):  # the constructor may have raised
+            self._release()
+
+    def _update(self) -> dict[str, int]:
+        try:
+            return super()._update()
+        finally:
+            self._release()
+
+    def _grow(self, layer: SparseLayer, count: int) -> Tensor:
+        watched = self._watched.get(layer.name)
+        best = torch.zeros(0, dtype=torch.int64, device=layer.born.device)
+        if watched is not None and self._saw_gradients(layer, watched):
+            norms = watched.norms(per_input_rms=self.normalise, group=self.process_group)
+            norms = without_nan(norms, f"{layer.name}, candidates")
+            by_gradient = count - round(self.random_share * count)
+            best = watched.ids[highest(norms, by_gradient)]
+        absent = self._absent(layer)
+        rest = absent[~torch.isin(absent, best)]
+        random = random_sample(rest, count - len(best), self._random(layer, "grow"))
+        return torch.cat([best, random])
+
+    def _saw_gradients(self, layer: SparseLayer, watched: CandidateGradients) -> bool:
+        seen = watched.seen(self.process_group)
+        if not seen:
+            warnings.warn(
+                f"{layer.name}: no finite gradient was seen at step {self.steps}; its new blocks "
+                "are random",
+                stacklevel=2,
+            )
+        return seen

@@ -1,0 +1,50 @@
+"""Choosing blocks: by score, or at random. The same choice on every rank and in every run.
+
+Ties go to the lower block id, NaN counts as the lowest score, and randomness depends on nothing but
+(seed, name of the parameter, step): there is no generator whose state could differ or be lost.
+"""
+
+import hashlib
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def without_nan(scores: Tensor, where: str) -> Tensor:
+    """`scores` with minus infinity for NaN, and a warning if there is any."""
+    nan = torch.isnan(scores)
+    if nan.any():
+        warnings.warn(
+            f"{where}: {int(nan.sum())} of {scores.numel()} block scores are NaN; they count as "
+            "the lowest",
+            stacklevel=2,
+        )
+        scores = scores.masked_fill(nan, -math.inf)
+    return scores
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """int64 ``[count]``: positions of the lowest scores; of equal ones the first."""
+    return torch.sort(scores, stable=True).indices[:count]
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """int64 ``[count]``: positions of the highest scores; of equal ones the first."""
+    return torch.sort(scores, descending=True, stable=True).indices[:count]
+
+
+def generator(seed: int, name: str, step: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments and on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def random_sample(items: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """`count` of `items` (or all, if there are fewer) without replacement, in random order.
+
+    The same on every device: the order is drawn on the CPU.
+    """
+    order = torch.randperm(len(items), generator=source)[:count]
+    return items[order.to(items.device)]

@@ -1,0 +1,139 @@
+"""GradualMagnitude: from dense to sparse while training, the smallest blocks first.
+
+Zhu and Gupta, arXiv 1710.01878, in blocks. The strongest simple baseline for language models; best
+with distillation (:class:`DistillationLoss`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import scores
+from .choose import without_nan
+from .distribution import keep_blocks, layer_counts
+from .schedule import Cubic, Every, share_of
+from .sparsifier import Sparsifier
+
+
+class GradualMagnitude(Sparsifier):
+    """Removes the blocks of lowest L1 norm, along a cubic schedule of the density.
+
+    Density goes from that of the model (patch it at density 1) to `density` between `begin` and
+    `end`: d(t) = d_end + (d_start - d_end) (1 - progress)^3. A removed block is held at zero; its
+    memory and its arithmetic are freed at a few of the updates only, by :func:`compact_`, which
+    makes new Parameters (read there what has to know). The last update always compacts.
+
+    Args:
+        model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
+        total_steps: T, the length of the training in real optimizer steps.
+        density: of all layers together, at the end, in (0, 1].
+        begin, end: first and last step with an update; by default 0.1 T and 0.7 T.
+        updates: number of updates.
+        compactions: at how many of them memory is freed; 0: never (then call :meth:`compact`).
+        distribution: "uniform" (each layer has the same density), "erk", or "global" (blocks of all
+            layers compete by mean |W|; each layer keeps at least one).
+
+    Raises:
+        ValueError: also a model that is sparser than `density` already, or compactions under DDP.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_block_sparse import BlockSparseLinear
+        >>> from pytorch_block_sparse.optim import GradualMagnitude
+        >>> model = torch.nn.Sequential(BlockSparseLinear(128, 128, density=1.0))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> sparsifier = GradualMagnitude(model, optimizer, total_steps=20, density=0.25, updates=4)
+        >>> for _ in range(20):
+        ...     model(torch.randn(8, 128)).square().mean().backward()
+        ...     optimizer.step()
+        ...     entry = sparsifier.step()
+        ...     optimizer.zero_grad()
+        >>> [(entry["step"], entry["density"]) for entry in sparsifier.log]
+        [(5, 0.5625), (8, 0.375), (11, 0.25), (14, 0.25)]
+        >>> model[0].block_count
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        density: float,
+        begin: int | None = None,
+        end: int | None = None,
+        updates: int = 40,
+        compactions: int = 6,
+        distribution: str = "uniform",
+        seed: int = 0,
+        only: Callable[[str], bool] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if updates < 1 or compactions < 0:
+            raise ValueError(
+                f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"
+            )
+        earliest, latest = share_of(total_steps, 0.1), share_of(total_steps, 0.7)
+        begin = earliest if begin is None else begin
+        end = latest if end is None else end
+        every = max(1, (end - begin) // updates)
+        last = begin + max(1, min(updates, (end - begin) // every)) * every
+        self._progress = Cubic(1.0, 0.0, begin, min(end, last))  # (1 - progress)^3
+        schedule = Every(every, begin + every, last)
+        super().__init__(
+            model, optimizer, schedule, seed=seed, only=only, process_group=process_group
+        )
+        if compactions:
+            self._refuse_compaction_under_ddp()
+        self.distribution = distribution
+        self.compactions = compactions
+        grids = {layer.name: layer.module.pattern.grid for layer in self.layers}
+        self._final = layer_counts(grids, density, distribution)
+        for layer in self.layers:
+            if self._final[layer.name] > layer.start:
+                raise ValueError(
+                    f"density: {layer.name} would need {self._final[layer.name]} blocks, but has "
+                    f"{layer.start}; patch the model at a higher density"
+                )
+
+    def compact(self) -> None:
+        """Frees the memory of all blocks held at zero. Makes new Parameters."""
+        for layer in self.layers:
+            self._compact(layer)
+
+    def _after_step(self) -> None:
+        self._hold_at_zero()
+
+    def _update(self) -> dict[str, int]:
+        before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
+        norms = {}
+        for layer in self.layers:
+            values = layer.module.values
+            norm = scores.l1(values) / values[0].numel()
+            norm = without_nan(norm, layer.name).masked_fill(~layer.alive, -torch.inf)
+            norms[layer.name] = norm
+        counts = {
+            layer.name: round(
+                self._final[layer.name]
+                + (layer.start - self._final[layer.name]) * self._progress(self.steps)
+            )
+            for layer in self.layers
+        }
+        keep = keep_blocks(norms, counts, self.distribution)
+        for layer in self.layers:
+            layer.set_alive(layer.alive & keep[layer.name])
+        self._hold_at_zero()
+        changed = {layer.name: before[layer.name] - int(layer.alive.sum()) for layer in self.layers}
+        if self._compaction_due():
+            self.compact()
+        return changed
+
+    def _compaction_due(self) -> bool:
+        if not self.compactions:
+            return False
+        begin, every, last = self.schedule.begin, self.schedule.interval, self.schedule.end
+        total, number = (last - begin) // every + 1, (self.steps - begin) // every + 1
+        return number * self.compactions // total > (number - 1) * self.compactions // total

@@ -1,0 +1,62 @@
+"""How useful a block is, from its weights, its gradient and its inputs. Pure functions of tensors.
+
+Each takes ``[nnz, block_out, block_in]`` and returns ``[nnz]``, in float32 or float64.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
+
+def l1(values: Tensor) -> Tensor:
+    """Sum of |W|. The best drop score of the three for BERT (arXiv 2108.06277)."""
+    return _wide(values).abs().sum(dim=(1, 2))
+
+
+def l2(values: Tensor) -> Tensor:
+    """Square root of the sum of W^2."""
+    return torch.linalg.vector_norm(_wide(values), dim=(1, 2))
+
+
+def largest(values: Tensor) -> Tensor:
+    """Largest |W|."""
+    return _wide(values).abs().amax(dim=(1, 2))
+
+
+def effect(values: Tensor, gradient: Tensor) -> Tensor:
+    """sum W*G, signed: minus the first-order change of the loss when the block is removed."""
+    return (_wide(values) * _wide(gradient)).sum(dim=(1, 2))
+
+
+def fisher(values: Tensor, gradient: Tensor) -> Tensor:
+    """Sum of (W*G)^2: the diagonal Fisher information, weighted by W^2."""
+    return (_wide(values) * _wide(gradient)).square().sum(dim=(1, 2))
+
+
+def activation(values: Tensor, squares: Tensor, cols: Tensor) -> Tensor:
+    """Sum of W^2 E[x^2]: Wanda (arXiv 2306.11695) squared and summed over the block.
+
+    Args:
+        values: ``[nnz, block_out, block_in]``.
+        squares: ``[block_cols, block_in]``, mean square of each input feature.
+        cols: ``[nnz]``, block column of each block.
+    """
+    return torch.einsum("boi,bi->b", _wide(values).square().to(squares.dtype), squares[cols.long()])
+
+
+def energy(values: Tensor, products: Tensor, cols: Tensor) -> Tensor:
+    """tr(W H Wt) with H = E[x xt]: the mean square of what the block adds to the output.
+
+    Args:
+        values: ``[nnz, block_out, block_in]``.
+        products: ``[block_cols, block_in, block_in]``, mean of x xt inside each block column.
+        cols: ``[nnz]``, block column of each block.
+    """
+    wide = _wide(values).to(products.dtype)
+    return (torch.bmm(wide, products[cols.long()]) * wide).sum(dim=(1, 2))
+
+
+FROM_WEIGHTS = {"l1": l1, "l2": l2, "max": largest}

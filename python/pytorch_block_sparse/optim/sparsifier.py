@@ -1,0 +1,386 @@
+"""Sparsifier: what all methods share. It counts the optimizer's steps and acts when one is due.
+
+A method is a subclass in a file of its own. It says when (a schedule), and what is done to one
+layer or to all of them (:meth:`Sparsifier._update`). This file knows no scores.
+
+The order in a training step, which every method keeps::
+
+    loss.backward()            # once or several times (gradient accumulation)
+    clip_grad_norm_(...)
+    optimizer.step()           # the sparsifier's hooks collect here what it needs
+    sparsifier.step()          # changes the pattern if one is due
+    optimizer.zero_grad()
+
+``sparsifier.step()`` may be called after each micro-batch: only real optimizer steps count. After a
+step that a GradScaler skipped nothing happens.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..linear import BlockSparseLinear
+from .choose import generator
+from .schedule import Every
+from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_CALLS_BEFORE_WARNING = 100
+
+
+@dataclass(eq=False)
+class SparseLayer:
+    """One layer in the care of a sparsifier.
+
+    Attributes:
+        name: full name in the model, without the wrappers of DDP and torch.compile.
+        module: the layer.
+        born: int64 ``[nnz]``, the step at which each block was grown; 0: there from the start.
+        alive: bool ``[nnz]``; False where a block is held at zero until the next compaction.
+        dead: int64, ascending: positions of the blocks that are not alive.
+        start: number of blocks when the sparsifier was made.
+    """
+
+    name: str
+    module: BlockSparseLinear
+    born: Tensor
+    alive: Tensor
+    dead: Tensor
+    start: int
+
+    @classmethod
+    def of(cls, name: str, module: BlockSparseLinear) -> "SparseLayer":
+        """A layer whose blocks were all there from the start, and are alive."""
+        nnz, device = module.block_count, module.values.device
+        born = torch.zeros(nnz, dtype=torch.int64, device=device)
+        return cls(name, module, born, torch.ones_like(born, dtype=torch.bool), born[:0], nnz)
+
+    def set_alive(self, alive: Tensor) -> None:
+        """Says which blocks are alive."""
+        self.alive, self.dead = alive, (~alive).nonzero().squeeze(1)
+
+    @property
+    def cells(self) -> int:
+        """Number of blocks of the full grid."""
+        rows, cols = self.module.pattern.grid
+        return rows * cols
+
+
+def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    """The block-sparse layers of `model`, by name, or ValueError if there is none.
+
+    Names lose what DDP, torch.compile and checkpointing put into them, so that they are the same
+    on every rank and in every run.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    layers: dict[str, BlockSparseLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            layers[name] = module
+    if not layers:
+        raise ValueError(
+            "model: has no BlockSparseLinear; replace its layers with BlockSparseModelPatcher first"
+        )
+    return layers
+
+
+class Sparsifier:
+    """Base class of the methods: applied to a model and its optimizer, stepped after the optimizer.
+
+    Args:
+        model: a patched model; may be wrapped by DDP or torch.compile.
+        optimizer: the optimizer that trains its block-sparse layers.
+        schedule: at which real optimizer steps the method acts.
+        seed: of all random choices, which are the same on every rank.
+        only: takes a layer's name and says whether the method cares for it; by default all.
+        process_group: the ranks that hold copies of the model; by default all, if
+            ``torch.distributed`` is initialised.
+
+    A layer whose values are frozen (``requires_grad=False``) is left as it is, with a warning.
+
+    Attributes:
+        steps: number of real optimizer steps so far.
+        log: one dict for each pattern update: ``step``, ``density``, ``churn`` (share of the blocks
+            replaced or removed by this update), and ``layers``: for each name ``density``,
+            ``churn``, ``age`` (mean, in steps, of the present blocks), ``dead_rows`` and
+            ``dead_cols`` (rows and columns of the grid without a block).
+
+    Raises:
+        ValueError: no block-sparse layer, none that is trained, or an optimizer that does not hold
+            their values.
+        TypeError: the optimizer keeps state that cannot follow the blocks (see
+            :func:`update_pattern_`; found at the first update, where it appears then only).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        schedule: Every,
+        *,
+        seed: int = 0,
+        only: Callable[[str], bool] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        self.schedule = schedule
+        self.seed = seed
+        self.process_group = process_group
+        self.optimizer = _innermost(optimizer)
+        self.layers = self._choose_layers(model, only)
+        self.steps = 0
+        self.log: list[dict[str, Any]] = []
+        self._stepped = False
+        self._calls_in_vain = 0
+        if self.optimizer is not None:
+            # Weakly: an optimizer must not keep a sparsifier alive that its user has dropped.
+            self.optimizer.register_step_pre_hook(_weak_hook(self._before_optimizer_step))
+            self.optimizer.register_step_post_hook(_weak_hook(self._after_optimizer_step))
+
+    def _choose_layers(
+        self, model: nn.Module, only: Callable[[str], bool] | None
+    ) -> list[SparseLayer]:
+        layers = []
+        for name, module in sparse_layers(model).items():
+            if only is not None and not only(name):
+                continue
+            if self.optimizer is not None:
+                if not module.values.requires_grad:
+                    warnings.warn(f"{name}: is frozen, its pattern stays as it is", stacklevel=4)
+                    continue
+                if not holds(self.optimizer, module.values):
+                    raise ValueError(
+                        f"optimizer: does not hold the values of layer {name}; make it from the "
+                        "parameters of the patched model, or leave the layer out with `only`"
+                    )
+                block_state(self.optimizer, module.values)
+            layers.append(SparseLayer.of(name, module))
+        if not layers:
+            raise ValueError("model: none of its block-sparse layers is trained and chosen")
+        return layers
+
+    # --- for the user -----------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any] | None:
+        """Call after ``optimizer.step()`` and before ``zero_grad()``.
+
+        Returns:
+            The new entry of :attr:`log` if the pattern was updated, else None.
+        """
+        if not self._stepped:
+            self._calls_in_vain += 1
+            if self._calls_in_vain == _CALLS_BEFORE_WARNING:
+                warnings.warn(
+                    f"{type(self).__name__}: step() was called {_CALLS_BEFORE_WARNING} times, but "
+                    "the optimizer that it was given has made no step in between",
+                    stacklevel=2,
+                )
+            return None
+        self._stepped, self._calls_in_vain = False, 0
+        self.steps += 1
+        with torch.no_grad():
+            self._after_step()
+            entry = self._run_update() if self.schedule.due(self.steps) else None
+            if self.schedule.due(self.steps + 1):
+                self._prepare()
+        return entry
+
+    def density(self) -> float:
+        """Share of the blocks that are present, in all layers together."""
+        alive = sum(int(layer.alive.sum()) for layer in self.layers)
+        return alive / sum(layer.cells for layer in self.layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, besides the model's and the optimizer's own state."""
+        return {
+            "method": type(self).__name__,
+            "seed": self.seed,
+            "steps": self.steps,
+            "log": list(self.log),
+            "layers": {layer.name: self._layer_state(layer) for layer in self.layers},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken: load model and optimizer first.
+
+        Raises:
+            ValueError: the state of another method, of other layers, or of another number of
+                blocks. Nothing is changed then.
+        """
+        if state["method"] != type(self).__name__:
+            raise ValueError(f"state: is of {state['method']}, not of {type(self).__name__}")
+        names, wanted = list(state["layers"]), [layer.name for layer in self.layers]
+        if names != wanted:
+            raise ValueError(f"state: is of the layers {names}, but this model has {wanted}")
+        for layer in self.layers:
+            count = len(state["layers"][layer.name]["born"])
+            if count != layer.module.block_count:
+                raise ValueError(
+                    f"state: has {count} blocks in {layer.name}, but the layer "
+                    f"{layer.module.block_count}; load the model's state first"
+                )
+        self.seed, self.steps, self.log = state["seed"], state["steps"], list(state["log"])
+        self._stepped = False
+        for layer in self.layers:
+            self._load_layer_state(layer, state["layers"][layer.name])
+        if self.schedule.due(self.steps + 1):
+            self._prepare()
+
+    # --- for a method to fill in ------------------------------------------------------------------
+
+    def _update(self) -> dict[str, int]:
+        """Changes the pattern. Returns the number of blocks changed, by layer."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Called when the next step will be one with an update."""
+
+    def _collect(self) -> None:
+        """Called before each real optimizer step: gradients are there, values not yet stepped."""
+
+    def _after_step(self) -> None:
+        """Called after each real optimizer step, update or not."""
+
+    def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:
+        return {"born": layer.born.clone(), "alive": layer.alive.clone(), "start": layer.start}
+
+    def _load_layer_state(self, layer: SparseLayer, state: dict[str, Any]) -> None:
+        device = layer.module.values.device
+        layer.born = state["born"].to(device, copy=True)
+        layer.set_alive(state["alive"].to(device, copy=True))
+        layer.start = state["start"]
+
+    # --- for a method to use ----------------------------------------------------------------------
+
+    def _random(self, layer: SparseLayer, purpose: str, step: int | None = None) -> torch.Generator:
+        """Randomness of this layer and step; `purpose` tells several draws apart."""
+        step = self.steps if step is None else step
+        return generator(self.seed, f"{layer.name}.values:{purpose}", step)
+
+    def _absent(self, layer: SparseLayer) -> Tensor:
+        """int64, ascending: ids of the blocks that the layer does not have."""
+        return absent_ids(layer.module.pattern)
+
+    def _replace(
+        self, layer: SparseLayer, positions: Tensor, ids: Tensor, new_values: Tensor | None = None
+    ) -> Change:
+        """Blocks at `positions` go, blocks `ids` come; everything kept per block follows."""
+        change = replace_blocks_(layer.module.weight, positions, ids, self.optimizer, new_values)
+        layer.born = layer.born[change.order].masked_fill_(change.fresh, self.steps)
+        if len(layer.dead):
+            layer.set_alive(layer.alive[change.order] | change.fresh)
+        return change
+
+    def _compact(self, layer: SparseLayer) -> None:
+        """Frees the memory of the blocks that are no longer alive."""
+        keep = layer.alive
+        if not len(layer.dead):
+            return
+        compact_(layer.module, keep, self.optimizer)
+        layer.born = layer.born[keep]
+        layer.set_alive(keep[keep])
+
+    def _hold_at_zero(self) -> None:
+        """Blocks that are not alive stay zero, whatever the optimizer did to them."""
+        for layer in self.layers:
+            if len(layer.dead):
+                layer.module.values.index_fill_(0, layer.dead, 0)
+
+    def _refuse_compaction_under_ddp(self) -> None:
+        replicas = (
+            dist.get_world_size(self.process_group)
+            if dist.is_available() and dist.is_initialized()
+            else 1
+        )
+        if replicas > 1:
+            raise ValueError(
+                f"{type(self).__name__}: compaction makes new Parameters, which DDP would not "
+                "see; switch it off here and call compact() yourself, then wrap the model again"
+            )
+
+    # --- inner works ------------------------------------------------------------------------------
+
+    def _before_optimizer_step(self) -> None:
+        with torch.no_grad():
+            self._collect()
+
+    def _after_optimizer_step(self) -> None:
+        self._stepped = True
+
+    def _run_update(self) -> dict[str, Any]:
+        before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
+        changed = self._update()
+        layers = {
+            layer.name: self._measure(layer, changed.get(layer.name, 0), before[layer.name])
+            for layer in self.layers
+        }
+        entry = {
+            "step": self.steps,
+            "density": self.density(),
+            "churn": sum(changed.values()) / max(1, sum(before.values())),
+            "layers": layers,
+        }
+        self.log.append(entry)
+        return entry
+
+    def _measure(self, layer: SparseLayer, changed: int, before: int) -> dict[str, float]:
+        pattern, alive = layer.module.pattern, layer.alive
+        rows = torch.zeros(pattern.grid[0], dtype=torch.int32, device=alive.device)
+        cols = torch.zeros(pattern.grid[1], dtype=torch.int32, device=alive.device)
+        rows.index_add_(0, pattern.row_indices, alive.int())
+        cols.index_add_(0, pattern.col_indices, alive.int())
+        count = alive.sum()
+        age = ((self.steps - layer.born) * alive).sum() / count.clamp(min=1)
+        numbers = torch.stack(
+            [count.double(), age.double(), (rows == 0).sum().double(), (cols == 0).sum().double()]
+        ).tolist()  # one round trip to the device
+        return {
+            "density": numbers[0] / max(1, layer.cells),
+            "churn": changed / max(1, before),
+            "age": numbers[1],
+            "dead_rows": int(numbers[2]),
+            "dead_cols": int(numbers[3]),
+        }
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The torch optimizer under the wrappers of accelerate and others."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def _weak_hook(method: Callable[[], None]) -> Callable[[Any, Any, Any], None]:
+    """Calls `method` in each step that is not skipped, as long as its object lives."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+        target = reference()
+        if target is not None and not _skipped(optimizer):
+            target()
+
+    return hook
+
+
+def _skipped(optimizer: Any) -> bool:
+    """True inside a step that a fused optimizer skips because its GradScaler found inf."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)

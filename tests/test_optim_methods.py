@@ -1,0 +1,391 @@
+"""Each method finds what it should: a planted pattern, its schedule, its formula."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from optim_helpers import dense_of, grid_of, mlp, one_thread, train_step  # noqa: F401
+from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
+from pytorch_block_sparse.optim import (
+    BlockMovement,
+    BlockRigL,
+    BlockSET,
+    BlockWanda,
+    GradualMagnitude,
+    layer_counts,
+    layer_densities,
+)
+from pytorch_block_sparse.optim.observe import CandidateGradients
+
+# --- the planted teacher: a linear map whose pattern of blocks is known --------------------------
+
+SIZE, BLOCK, DENSITY, STEPS = 128, 8, 0.25, 400
+
+
+def found(make_sparsifier, density, seed):
+    """Share of the planted blocks that the student has after training at that number of blocks."""
+    torch.manual_seed(seed)
+    teacher = BlockSparseLinear(SIZE, SIZE, False, DENSITY, block_shape=(BLOCK, BLOCK))
+    student = nn.Sequential(
+        BlockSparseLinear(SIZE, SIZE, False, density, block_shape=(BLOCK, BLOCK))
+    )
+    teacher.requires_grad_(False)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    sparsifier = make_sparsifier(student, optimizer, seed)
+    for _ in range(STEPS):
+        x = torch.randn(64, SIZE)
+        (student(x) - teacher(x)).square().mean().backward()
+        optimizer.step()
+        if sparsifier is not None:
+            sparsifier.step()
+        optimizer.zero_grad()
+    planted, now = teacher.pattern.mask(), student[0].pattern.mask()
+    assert now.sum() == planted.sum()  # no method wins by having more
+    return float((planted & now).sum() / planted.sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "density", "low", "high"),
+    [
+        ("static", DENSITY, DENSITY - 0.15, DENSITY + 0.15),
+        ("SET", DENSITY, 0.7, 1.0),
+        ("RigL", DENSITY, 0.9, 1.0),
+        ("gradual", 1.0, 0.9, 1.0),
+        ("movement", 1.0, 0.9, 1.0),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_planted_blocks_are_found(name, density, low, high, seed):
+    make = {
+        "static": lambda m, o, s: None,
+        "SET": lambda m, o, s: BlockSET(m, o, STEPS, every=10, seed=s),
+        "RigL": lambda m, o, s: BlockRigL(m, o, STEPS, every=10, seed=s),
+        "gradual": lambda m, o, s: GradualMagnitude(m, o, STEPS, density=DENSITY),
+        "movement": lambda m, o, s: BlockMovement(m, o, STEPS, floor=DENSITY, score_lr=5e-2),
+    }[name]
+    assert low <= found(make, density, seed) <= high
+
+
+# --- SET and RigL --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["l1", "l2", "max"])
+def test_set_drops_the_lowest(score):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    layer = model[0]
+    values = layer.values.detach()
+    norm = {
+        "l1": values.abs().sum((1, 2)),
+        "l2": values.square().sum((1, 2)).sqrt(),
+        "max": values.abs().amax((1, 2)),
+    }[score]
+    pairs = layer.pattern.mask().nonzero()[norm.argsort()[:16]]
+    before = layer.pattern.mask()
+    sparsifier = BlockSET(model, optimizer, 100, every=1, score=score, drop=lambda step: 0.5)
+    train_step(model, optimizer, sparsifier)
+    gone = before & ~layer.pattern.mask()
+    assert gone.sum() == 16 and gone[pairs[:, 0], pairs[:, 1]].all()
+
+
+def test_set_starts_new_blocks_at_zero_or_as_told():
+    for new_values in (None, lambda layer, count: torch.full((count, 8, 8), 7.0)):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        sparsifier = BlockSET(model, optimizer, 100, every=2, new_values=new_values)
+        train_step(model, optimizer, sparsifier)
+        train_step(model, optimizer, sparsifier)
+        fresh = sparsifier.layers[0].born == 2
+        assert fresh.sum() == 16
+        assert (model[0].values[fresh] == (0.0 if new_values is None else 7.0)).all()
+        assert not optimizer.state[model[0].values]["exp_avg"][fresh].any()
+        assert optimizer.state[model[0].values]["exp_avg"][~fresh].any()
+
+
+@pytest.mark.parametrize("build", [BlockSET, BlockRigL])
+def test_new_blocks_can_start_at_the_mean_second_moment(build):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = build(model, optimizer, 100, every=2, second_moment="mean")
+    train_step(model, optimizer, sparsifier)
+    train_step(model, optimizer, sparsifier)
+    state, fresh = optimizer.state[model[0].values], sparsifier.layers[0].born == 2
+    second = state["exp_avg_sq"]
+    assert fresh.any() and not state["exp_avg"][fresh].any()
+    torch.testing.assert_close(second[fresh], second[~fresh].mean().expand_as(second[fresh]))
+    with pytest.raises(ValueError, match="second_moment: must be 'zero' or 'mean'"):
+        build(model, optimizer, 100, second_moment="one")
+
+
+def test_set_grows_as_many_as_fit():
+    model = mlp(0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = BlockSET(model, optimizer, 100, every=1)
+    cells, nnz = 128, model[0].block_count
+    train_step(model, optimizer, sparsifier)
+    assert sparsifier.log[0]["layers"]["0"]["churn"] == (cells - nnz) / nnz
+    assert model[0].block_count == nnz
+
+
+def test_candidate_gradients_are_those_of_the_dense_weight():
+    """Two micro-batches, an input of several dimensions, candidates that touch the edge."""
+    pattern = Pattern.random((30, 20), 0.25, (8, 8))
+    layer = BlockSparseLinear(20, 30, pattern=pattern)
+    ids = (~pattern.mask()).flatten().nonzero().squeeze(1)
+    watched = CandidateGradients(layer, ids)
+    dense = layer.weight.to_dense().detach().requires_grad_()
+    for _ in range(2):
+        x = torch.randn(3, 5, 20)
+        layer(x).square().sum().backward()
+        nn.functional.linear(x, dense, layer.bias).square().sum().backward()
+    watched.remove()
+    candidates = Pattern.from_mask(~pattern.mask(), (8, 8), (30, 20))
+    expected = BlockSparseMatrix.from_dense(dense.grad, pattern=candidates)
+    torch.testing.assert_close(watched.sum, expected.values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(watched.norms(), expected.block_norm(), rtol=1e-4, atol=1e-4)
+    before = watched.sum.clone()
+    layer(x).sum().backward()
+    assert torch.equal(watched.sum, before)  # the hook is gone
+
+
+def test_rigl_grows_the_largest_gradients():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = BlockRigL(
+        model, optimizer, 100, every=2, candidates=1000, random_share=0.0, normalise=False
+    )
+    x = torch.randn(16, 64)
+    before = model[0].pattern.mask()
+    for _ in range(2):
+        hidden = model[0](x)
+        hidden.retain_grad()
+        model[2](hidden.relu()).square().mean().backward()
+        gradient = hidden.grad.T @ x
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+    norms = gradient.reshape(16, 8, 8, 8).square().sum((1, 3)).masked_fill(before, -1)
+    count = round(32 * sparsifier.drop(2))
+    best = norms.flatten().topk(count).indices
+    grown = model[0].pattern.mask() & ~before
+    assert grown.sum() == count and grown.flatten()[best].all()
+
+
+def test_rigl_normalised_is_not_drawn_to_outlier_features():
+    grown = {}
+    for normalise in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(BlockSparseLinear(64, 64, density=0.25, block_shape=(8, 8)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        sparsifier = BlockRigL(
+            model, optimizer, 100, every=1, candidates=1000, random_share=0, normalise=normalise
+        )
+        before = model[0].pattern.mask()
+        x = torch.randn(256, 64)
+        x[:, 8:16] *= 100
+        (model(x) - torch.randn(256, 64)).square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+        new = model[0].pattern.mask() & ~before
+        grown[normalise] = int(new[:, 1].sum()) / int(new.sum())
+    assert grown[False] == 1 and grown[True] < 0.5  # block column 1 has the outliers
+
+
+def test_rigl_without_a_gradient_grows_at_random_with_a_warning():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = BlockRigL(model, optimizer, 100, every=1)
+    with pytest.warns(UserWarning, match="no finite gradient was seen"):
+        model[0](torch.randn(4, 64)).sum().backward()  # the second layer takes no part
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.log[0]["layers"]["2"]["churn"] > 0
+
+
+def test_evaluation_between_two_steps_is_not_watched():
+    runs = []
+    for evaluate in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        sparsifier = BlockRigL(model, optimizer, 100, every=2)
+        for step in range(4):
+            train_step(model, optimizer, sparsifier, seed=step)
+            if evaluate:
+                with torch.no_grad():
+                    model(torch.full((4, 64), 1e3))
+        runs.append(model[0].pattern.mask())
+    assert torch.equal(*runs)
+
+
+# --- gradual magnitude and Wanda -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compactions", [0, 1, 3, 10])
+def test_gradual_magnitude_follows_its_schedule(compactions):
+    model = mlp(1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier = GradualMagnitude(
+        model, optimizer, 100, density=0.1, updates=10, compactions=compactions
+    )
+    sizes, parameters = [], set()
+    for step in range(100):
+        train_step(model, optimizer, sparsifier, seed=step)
+        sizes.append(model[0].block_count)
+        parameters.add(id(model[0].values))
+        dead = sparsifier.layers[0].dead
+        assert not model[0].values[dead].any()  # held at zero
+    assert [entry["step"] for entry in sparsifier.log] == list(range(16, 71, 6))
+    for number, entry in enumerate(sparsifier.log, 1):
+        expected = 0.1 + 0.9 * (1 - number / 10) ** 3
+        assert entry["density"] == pytest.approx(expected, abs=0.5 / 128 + 1e-9)
+    changes = sum(a != b for a, b in itertools.pairwise(sizes))
+    assert changes == min(compactions, 9)  # of ten updates the last, 0.1001 to 0.1, removes nothing
+    assert sizes[-1] == (128 if compactions == 0 else 13)
+    sparsifier.compact()
+    assert model[0].block_count == 13
+    train_step(model, optimizer, sparsifier)
+
+
+def test_gradual_magnitude_removes_the_smallest():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    norms = model[0].weight.block_norm(1)
+    sparsifier = GradualMagnitude(
+        model, optimizer, 10, density=0.25, begin=0, end=1, updates=1, compactions=1
+    )
+    pairs = model[0].pattern.mask().nonzero()[norms.topk(32).indices]
+    train_step(model, optimizer, sparsifier)
+    assert model[0].block_count == 32 and model[0].pattern.mask()[pairs[:, 0], pairs[:, 1]].all()
+
+
+def test_global_lets_layers_compete():
+    model = mlp(1.0)
+    with torch.no_grad():
+        model[2].values.mul_(100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = GradualMagnitude(
+        model, optimizer, 10, density=0.25, begin=0, end=1, updates=1, distribution="global"
+    )
+    train_step(model, optimizer, sparsifier)
+    assert (model[0].block_count, model[2].block_count) == (1, 63)  # at least one each
+
+
+@pytest.mark.parametrize("score", ["activation", "energy"])
+def test_wanda_keeps_what_matters_for_the_output(score):
+    torch.manual_seed(0)
+    layer = BlockSparseLinear(20, 30, density=1.0, block_shape=(8, 8))
+    x = torch.randn(500, 20) @ torch.randn(20, 20) + 1
+    weight = layer.weight.to_dense().detach()
+    energy = torch.zeros(4, 3)
+    for row in range(4):
+        for col in range(3):
+            w = weight[8 * row : 8 * row + 8, 8 * col : 8 * col + 8]
+            inside = x[:, 8 * col : 8 * col + 8]
+            if score == "energy":
+                energy[row, col] = (inside @ w.T).square().sum(1).mean()
+            else:
+                energy[row, col] = (w.square() * inside.square().mean(0)).sum()
+    expected = torch.zeros(12, dtype=torch.bool)
+    expected[energy.flatten().topk(6).indices] = True
+
+    wanda = BlockWanda(nn.Sequential(layer), density=0.5, score=score)
+    with pytest.raises(RuntimeError, match="0: saw no calibration data"):
+        wanda.step()
+    with wanda.calibration():
+        layer(x[:200])
+    with wanda.calibration():
+        layer(x[200:].reshape(3, 100, 20))
+    layer(1e6 * x)  # outside: does not count
+    entry = wanda.step()
+    assert torch.equal(layer.pattern.mask().flatten(), expected)
+    assert entry["density"] == 0.5 and wanda.step() is None
+
+
+# --- movement ------------------------------------------------------------------------------------
+
+
+def test_movement_scores_follow_the_formula():
+    """Against autograd: W' = W * mask with a straight-through mask, and the penalty in the loss."""
+    model = nn.Sequential(BlockSparseLinear(32, 32, False, density=1.0, block_shape=(8, 8)))
+    layer = model[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = BlockMovement(
+        model, optimizer, 100, begin=0, end=50, every=1, penalty=3.0, score_lr=0.2, floor=0.2
+    )
+    weight = layer.values.detach().clone().requires_grad_()
+    score = torch.zeros(16, requires_grad=True)
+    reference = torch.optim.SGD([weight], lr=0.1)
+    adam = torch.optim.Adam([score], lr=0.2)
+    masks = torch.ones(16, dtype=torch.bool)
+    for step in range(30):
+        x = torch.randn(64, 32)
+        target = x.roll(3, 1)
+        (layer(x) - target).square().sum(1).mean().backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+
+        soft = torch.sigmoid(score)
+        through = masks.float() + score - score.detach()  # mask forward, identity backward
+        dense = BlockSparseMatrix(weight * through[:, None, None], Pattern.full((32, 32), (8, 8)))
+        loss = (x @ dense.to_dense().T - target).square().sum(1).mean()
+        tau = sparsifier.tau(step)
+        (loss + 3.0 * tau / 0.1 * soft.mean()).backward()
+        # The weight's own gradient is masked; a straight-through mask adds nothing to it.
+        reference.step()
+        adam.step()
+        reference.zero_grad()
+        adam.zero_grad()
+        masks = torch.sigmoid(score.detach()) > sparsifier.tau(step + 1)
+        masks[score.detach().argsort(descending=True, stable=True)[:3]] = True
+        torch.testing.assert_close(sparsifier.scores["0"], score.detach(), rtol=1e-3, atol=1e-3)
+        assert torch.equal(sparsifier.layers[0].alive, masks)
+        torch.testing.assert_close(
+            layer.values, weight.detach() * masks[:, None, None], rtol=1e-3, atol=1e-4
+        )
+    assert 3 <= int(masks.sum()) < 16
+
+
+def test_movement_blocks_can_come_back():
+    model = nn.Sequential(BlockSparseLinear(32, 32, density=1.0, block_shape=(8, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = BlockMovement(model, optimizer, 100, begin=0, every=1, floor=0.01)
+    before = model[0].values.detach().clone()
+    sparsifier.scores["0"][3] = -100.0
+    train_step(model, optimizer, sparsifier)
+    assert not sparsifier.layers[0].alive[3] and not model[0].values[3].any()
+    sparsifier.scores["0"][3] = 100.0
+    train_step(model, optimizer, sparsifier)
+    assert sparsifier.layers[0].alive[3] and torch.equal(model[0].values, before)
+
+
+def test_movement_never_goes_under_its_floor():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = BlockMovement(model, optimizer, 40, penalty=1e6, score_lr=1.0, every=2)
+    for step in range(40):
+        train_step(model, optimizer, sparsifier, seed=step)
+    assert model[0].block_count == 1 and model[2].block_count == 1  # 0.5 % of 128, at least one
+
+
+# --- distributions -------------------------------------------------------------------------------
+
+
+def test_distributions():
+    grids = {"a": (64, 64), "b": (64, 16), "c": (2, 2)}
+    cells = {name: rows * cols for name, (rows, cols) in grids.items()}
+    for density in (0.05, 0.25, 0.9):
+        erk = layer_densities(grids, density, "erk")
+        total = sum(erk[name] * cells[name] for name in grids)
+        assert total == pytest.approx(density * sum(cells.values()))
+        assert all(0 < value <= 1 for value in erk.values())
+        assert erk["a"] < erk["b"] <= erk["c"]
+    ratio = layer_densities(grids, 0.05, "erk")
+    assert ratio["a"] / ratio["b"] == pytest.approx((128 / 4096) / (80 / 1024))
+    assert layer_counts(grids, 0.25) == {"a": 1024, "b": 256, "c": 1}
+    with pytest.raises(ValueError, match="distribution"):
+        layer_densities(grids, 0.5, "global")
+    with pytest.raises(ValueError, match="density"):
+        layer_densities(grids, 0.0)

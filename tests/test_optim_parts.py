@@ -1,0 +1,218 @@
+"""Schedules, choice, distillation and the ancestor's SparseOptimizer."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optim_helpers import mlp, one_thread, train_step  # noqa: F401
+from pytorch_block_sparse import BlockSparseModelPatcher
+from pytorch_block_sparse.optim import (
+    Constant,
+    Cosine,
+    Cubic,
+    DistillationLoss,
+    Every,
+    SparseOptimizer,
+    choose,
+    teacher_of,
+)
+
+# --- schedules and choice ------------------------------------------------------------------------
+
+
+def test_schedules():
+    density = Cubic(1.0, 0.1, begin=10, end=20)
+    assert [density(step) for step in (0, 10, 20, 30)] == [1.0, 1.0, 0.1, 0.1]
+    assert density(15) == pytest.approx(1 - (0.9 + (0 - 0.9) * (1 - 0.5) ** 3))  # as a sparsity
+    share = Cosine(0.3, end=30)
+    assert share(10) == pytest.approx(0.15 * (1 + math.cos(math.pi / 3)))
+    assert (share(0), share(30), share(99), Constant(2)(7)) == (0.3, 0, 0, 2)
+    assert [step for step in range(30) if Every(4, 3, 15).due(step)] == [3, 7, 11, 15]
+    assert not Every(4, 0, 15).due(0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Every(1, 5, 4), lambda: Cosine(0.5, 0), lambda: Cubic(1, 0, 5, 5)]
+)
+def test_a_schedule_that_ends_before_it_starts(make):
+    with pytest.raises(ValueError, match=r"end: the schedule ends .* before it starts"):
+        make()
+
+
+def test_random_choice_depends_on_seed_name_and_step_alone():
+    items = torch.arange(1000) * 3
+    picks = {}
+    for seed, name, step in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2)]:
+        torch.manual_seed(step)
+        pick = choose.random_sample(items, 10, choose.generator(seed, name, step))
+        again = choose.random_sample(items, 10, choose.generator(seed, name, step))
+        assert torch.equal(pick, again) and len(pick.unique()) == 10
+        picks[seed, name, step] = tuple(pick.tolist())
+    assert len(set(picks.values())) == 4
+    # Written down: a checkpoint resumes on another machine.
+    assert picks[0, "a", 1][:4] == (2070, 477, 1128, 582)
+    assert len(choose.random_sample(items[:3], 10, choose.generator(0, "a", 1))) == 3
+
+
+def test_ties_and_nan():
+    scores = torch.tensor([1.0, 0.0, 1.0, 0.0, torch.nan])
+    with pytest.warns(UserWarning, match="here: 1 of 5 block scores are NaN"):
+        clean = choose.without_nan(scores, "here")
+    assert choose.lowest(clean, 3).tolist() == [4, 1, 3]
+    assert choose.highest(clean, 3).tolist() == [0, 2, 1]
+
+
+# --- distillation --------------------------------------------------------------------------------
+
+
+def logits_of(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_distillation_is_its_formula_over_the_tokens_that_count():
+    student, teacher = logits_of(0, 2, 5, 7), logits_of(1, 2, 5, 7)
+    labels = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(2))
+    labels[0, 3:] = -100
+    kept = labels != -100
+    p = torch.softmax(teacher[kept] / 3, -1)
+    divergence = (p * (p.log() - torch.log_softmax(student[kept] / 3, -1))).sum(-1).mean()
+    entropy = nn.functional.cross_entropy(student[kept], labels[kept])
+    expected = 0.8 * 9 * divergence + 0.2 * entropy
+    loss = DistillationLoss(temperature=3.0, alpha=0.8)
+    torch.testing.assert_close(loss(student, teacher, labels), expected)
+    torch.testing.assert_close(loss(student, teacher, None, kept), 9 * divergence)
+    poisoned = student.clone()
+    poisoned[~kept] = torch.inf  # padding may hold anything
+    poisoned.requires_grad_()
+    result = loss(poisoned, teacher, labels)
+    torch.testing.assert_close(result, expected)
+
+
+def test_distillation_causal_shifts():
+    student, teacher = logits_of(0, 2, 5, 7), logits_of(1, 2, 5, 7)
+    labels = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(2))
+    shifted = DistillationLoss(causal=True)(student, teacher, labels)
+    by_hand = DistillationLoss()(student[:, :-1], teacher[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(shifted, by_hand)
+
+
+def test_distillation_teaches_the_student_only():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    teacher = teacher_of(model)
+    patcher = BlockSparseModelPatcher()
+    patcher.add_pattern("0", {"density": 0.5, "block_shape": (4, 4)})
+    patcher.patch_model(model)
+    assert type(teacher[0]) is nn.Linear and model.training and not teacher.training
+    x = torch.randn(4, 8)
+    DistillationLoss()(model(x), teacher(x), torch.zeros(4, dtype=torch.long)).backward()
+    assert model[0].values.grad.any()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_distillation_works_with_heads_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    teacher = teacher_of(model)
+    ids = torch.randint(50, (2, 8))
+    out = model(ids, labels=ids)
+    with torch.no_grad():
+        target = teacher(ids)
+    loss = DistillationLoss(alpha=0.0, causal=True)(out, target, ids)
+    torch.testing.assert_close(loss, out.loss)
+
+
+def test_distillation_bad_input():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="temperature: must be positive"):
+        DistillationLoss(temperature=0.0)
+    with pytest.raises(ValueError, match=r"alpha: must be in \[0, 1\]"):
+        DistillationLoss(alpha=2.0)
+    with pytest.raises(ValueError, match=r"teacher: logits must be \[2, 3\]"):
+        DistillationLoss()(x, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"labels: must be \[2\]"):
+        DistillationLoss()(x, x, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(TypeError, match="logits: must be a tensor"):
+        DistillationLoss()("x", x)
+    assert DistillationLoss()(x, x, torch.full((2,), -100)) == 0
+
+
+# --- SparseOptimizer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
+def test_sparse_optimizer_draws_new_values(distribution):
+    """The ancestor's uniform values were all zero."""
+    model = mlp(0.5, width=128)
+    adam = torch.optim.Adam(model.parameters())
+    train_step(model, adam)
+    layer = model[0]
+    sparse = SparseOptimizer(
+        SparseOptimizer.sparse_objects(model), 0.25, "magnitude", 0.5, distribution
+    )
+    sparse.attach_optimizer(adam)
+    sparse.attach_optimizer(adam)
+    before, spread = layer.pattern.mask(), 0.5 * float(layer.values.detach().std())
+    smallest = layer.weight.block_norm(1).argsort()[: layer.block_count // 4]
+    pairs = before.nonzero()[smallest]
+    sparse.step()
+    now = layer.pattern.mask()
+    assert (before & ~now).sum() == layer.block_count // 4
+    assert not now[pairs[:, 0], pairs[:, 1]].any()
+    fresh = (now & ~before)[now]
+    new = layer.values.detach()[fresh]
+    assert not adam.state[layer.values]["exp_avg"][fresh].any()
+    assert adam.state[layer.values]["exp_avg"][~fresh].any()
+    expected = spread / 3**0.5 if distribution == "uniform" else spread
+    assert new.std() == pytest.approx(expected, 0.1)
+    assert abs(new.mean()) < 0.1 * spread
+    if distribution == "uniform":
+        assert new.abs().max() <= spread and new.abs().max() > 0.95 * spread
+        quarters = torch.histc(new, 4, -spread, spread) / new.numel()
+        assert (quarters - 0.25).abs().max() < 0.03
+    assert len(new.unique()) > 0.9 * new.numel()
+
+
+def test_sparse_optimizer_options_and_state():
+    model = mlp(0.5)
+    sparse = SparseOptimizer([model[0]], lr=0.5)
+    sparse.add_param_group({"sparse_objects": model[2], "lr": 0.0})
+    masks = [model[0].pattern.mask(), model[2].pattern.mask()]
+    scheduler = torch.optim.lr_scheduler.StepLR(sparse, 1, gamma=0.5)
+    sparse.step()
+    scheduler.step()
+    assert not torch.equal(masks[0], model[0].pattern.mask())
+    assert torch.equal(masks[1], model[2].pattern.mask())
+    again = SparseOptimizer([model[0]], lr=0.1)
+    again.add_param_group({"sparse_objects": [model[2]]})
+    again.load_state_dict(sparse.state_dict())
+    assert [group["lr"] for group in again.param_groups] == [0.25, 0.0] and again.steps == 1
+    assert again.param_groups[0]["sparse_objects"][0] is model[0]
+
+
+def test_sparse_optimizer_bad_input():
+    model = mlp(0.5)
+    layers = SparseOptimizer.sparse_objects(model)
+    assert layers == [model[0], model[2]]
+    with pytest.raises(ValueError, match="has no BlockSparseLinear"):
+        SparseOptimizer.sparse_objects(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="lr: must be in"):
+        SparseOptimizer(layers, lr=-0.1)
+    with pytest.raises(ValueError, match="method: must be 'magnitude'"):
+        SparseOptimizer(layers, method="random")
+    with pytest.raises(ValueError, match="new_coefficients_distribution: must be one of"):
+        SparseOptimizer(layers, new_coefficients_distribution="cauchy")
+    with pytest.raises(TypeError, match="must be BlockSparseLinear, got Linear"):
+        SparseOptimizer([nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="param_group: unknown \\['momentum'\\]"):
+        SparseOptimizer(layers).add_param_group({"sparse_objects": [], "momentum": 1})
+    with pytest.raises(ValueError, match="some parameters appear in more than one"):
+        SparseOptimizer(layers).add_param_group({"sparse_objects": layers})
+    sparse = SparseOptimizer(layers)
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer"):
+        sparse.attach_optimizer(model)
+    sparse.attach_optimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    with pytest.raises(ValueError, match="no attached optimizer trains"):
+        sparse.step()

@@ -1,0 +1,443 @@
+"""What every method keeps: rules 3 to 6 (determinism, order in a step, resuming, reports)."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from optim_helpers import layers_of, mlp, one_thread, train_step  # noqa: F401
+from pytorch_block_sparse import BlockSparseLinear
+from pytorch_block_sparse.optim import (
+    BlockMovement,
+    BlockRigL,
+    BlockSET,
+    BlockWanda,
+    GradualMagnitude,
+)
+
+METHODS = {
+    "SET": (0.25, lambda m, o, **k: BlockSET(m, o, 40, every=5, **k)),
+    "RigL": (0.25, lambda m, o, **k: BlockRigL(m, o, 40, every=5, **k)),
+    "gradual": (
+        1.0,
+        lambda m, o, **k: GradualMagnitude(m, o, 40, density=0.2, updates=6, compactions=2, **k),
+    ),
+    "gradual global": (
+        1.0,
+        lambda m, o, **k: GradualMagnitude(
+            m, o, 40, density=0.2, updates=6, compactions=0, distribution="global", **k
+        ),
+    ),
+    "movement": (
+        1.0,
+        lambda m, o, **k: BlockMovement(m, o, 40, every=3, score_lr=0.5, floor=0.1, **k),
+    ),
+}
+method = pytest.mark.parametrize("name", METHODS)
+FROM_SCRATCH = ["SET", "RigL"]
+
+
+def make(name, optimizer=torch.optim.AdamW, seed=0, **options):
+    density, build = METHODS[name]
+    model = mlp(density)
+    optimizer = optimizer(model.parameters(), lr=1e-2)
+    return model, optimizer, build(model, optimizer, seed=seed, **options)
+
+
+def snapshot(model):
+    return {name: item.clone() for name, item in model.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# --- rule 3: deterministic ------------------------------------------------------------------------
+
+
+@method
+def test_same_seed_same_run_whatever_the_global_generator_does(name):
+    runs = []
+    for noise in (1, 2):
+        model, optimizer, sparsifier = make(name)
+        for step in range(32):
+            torch.manual_seed(noise + step)
+            train_step(model, optimizer, sparsifier, seed=step)
+        runs.append((snapshot(model), sparsifier.log))
+    assert_equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1] and runs[0][1]
+
+
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_another_seed_another_pattern_and_layers_differ(name):
+    masks = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        shape = {"density": 0.25, "block_shape": (8, 8)}
+        model = nn.Sequential(
+            BlockSparseLinear(64, 64, **shape), BlockSparseLinear(64, 64, **shape)
+        )
+        model[1].load_state_dict(model[0].state_dict())
+        optimizer = torch.optim.AdamW(model.parameters())
+        sparsifier = METHODS[name][1](model, optimizer, seed=seed)
+        for step in range(5):
+            train_step(model, optimizer, sparsifier, seed=step)
+        masks += [layer.pattern.mask() for layer in model]
+    assert not torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_the_optimizer_does_not_know_the_wrappers_names():
+    """DDP and torch.compile put prefixes into names; randomness must not depend on them."""
+    masks = []
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="eager"), nn.DataParallel):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        sparsifier = BlockSET(wrap(model), optimizer, 40, every=1)
+        assert [layer.name for layer in sparsifier.layers] == ["0", "2"]
+        train_step(model, optimizer, sparsifier)
+        masks.append(model[0].pattern.mask())
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
+def test_ties_go_to_the_lower_block_id():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():
+        model[0].values.fill_(1.0)
+    sparsifier = BlockSET(model, optimizer, 40, every=1, drop=lambda step: 0.25)
+    before = model[0].pattern.mask().nonzero()
+    train_step(model, optimizer, sparsifier)
+    after = model[0].pattern.mask()
+    assert not after[before[:8, 0], before[:8, 1]].any()
+    assert after[before[8:, 0], before[8:, 1]].all()
+
+
+@method
+def test_nan_scores_are_lowest_with_a_warning(name):
+    model, optimizer, sparsifier = make(name)
+    for step in range(4):
+        train_step(model, optimizer, sparsifier, seed=step)
+    layer = model[0]
+    poisoned = layer.pattern.mask().nonzero()[7]
+    if name == "movement":
+        sparsifier.scores["0"][7] = torch.nan
+    with pytest.warns(UserWarning, match=r"0: 1 of \d+ block scores are NaN; .* the lowest"):
+        for _ in range(20):
+            if name != "movement":
+                rows, cols = layer.pattern.row_indices, layer.pattern.col_indices
+                with torch.no_grad():
+                    here = (rows == poisoned[0]) & (cols == poisoned[1])
+                    layer.values[here] = torch.nan
+            sparsifier._stepped = True
+            if sparsifier.step():
+                break
+    alive = layer.pattern.mask()
+    alive[alive.clone()] = sparsifier.layers[0].alive
+    assert not alive[tuple(poisoned)]
+    assert layer.values.isfinite().all()
+
+
+# --- rule 4: only real optimizer steps count ------------------------------------------------------
+
+
+@method
+def test_gradient_accumulation_counts_real_steps(name):
+    """step() after each of four micro-batches is step() after each optimizer step."""
+    runs = []
+    for call_always in (False, True):
+        model, optimizer, sparsifier = make(name, torch.optim.SGD)
+        for micro in range(80):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(micro))
+            (model(x) - x).square().mean().backward()
+            real = micro % 4 == 3
+            if real:
+                optimizer.step()
+            if real or call_always:
+                entry = sparsifier.step()
+                assert real or entry is None
+            if real:
+                optimizer.zero_grad()
+        assert sparsifier.steps == 20
+        runs.append((snapshot(model), sparsifier.log))
+    assert_equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1] and runs[0][1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@method
+def test_a_step_that_the_scaler_skips_changes_nothing(name, fused):
+    model, optimizer, sparsifier = make(name, lambda p, lr: torch.optim.AdamW(p, lr, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    skipped = 0
+    for step in range(15):
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - x).square().mean()
+        if step % 5 == 4:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        before, steps = snapshot(model), sparsifier.steps
+        state = copy.deepcopy(sparsifier.state_dict())
+        scaler.step(optimizer)
+        entry = sparsifier.step()
+        scaler.update()
+        optimizer.zero_grad()
+        if step % 5 == 4:
+            skipped += 1
+            assert entry is None and sparsifier.steps == steps
+            assert_equal(before, snapshot(model))
+            for layer, saved in sparsifier.state_dict()["layers"].items():
+                for key, item in saved.items():
+                    if isinstance(item, torch.Tensor):
+                        assert torch.equal(item, state["layers"][layer][key])
+        else:
+            assert sparsifier.steps == steps + 1
+    assert skipped == 3 and sparsifier.steps == 12 and sparsifier.log
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_sparsifier_whose_optimizer_never_steps_warns():
+    model, _, sparsifier = make("SET")
+    other = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.warns(UserWarning, match="optimizer that it was given has made no step"):
+        for step in range(100):
+            train_step(model, other, sparsifier, seed=step)
+    assert sparsifier.steps == 0
+
+
+# --- rule 5: resuming -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [4, 13, 21])
+@method
+def test_resuming_is_bit_exact(name, at, tmp_path):
+    model, optimizer, sparsifier = make(name)
+    for step in range(34):
+        if step == at:
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "sparsifier": sparsifier.state_dict(),
+                },
+                tmp_path / "checkpoint.pt",
+            )
+        train_step(model, optimizer, sparsifier, seed=step)
+
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    density, build = METHODS[name]
+    again = mlp(density, seed=5)
+    again.load_state_dict(saved["model"])
+    optimizer_again = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    optimizer_again.load_state_dict(saved["optimizer"])
+    sparsifier_again = build(again, optimizer_again)
+    sparsifier_again.load_state_dict(saved["sparsifier"])
+    for step in range(at, 34):
+        train_step(again, optimizer_again, sparsifier_again, seed=step)
+
+    assert_equal(snapshot(model), snapshot(again))
+    for layer, other in zip(layers_of(model), layers_of(again), strict=True):
+        a, b = optimizer.state[layer.values], optimizer_again.state[other.values]
+        assert_equal(a, b)
+    assert sparsifier.log == sparsifier_again.log
+    for a, b in zip(sparsifier.layers, sparsifier_again.layers, strict=True):
+        assert torch.equal(a.born, b.born) and torch.equal(a.alive, b.alive)
+
+
+def test_a_state_that_does_not_fit_is_an_error():
+    model, optimizer, sparsifier = make("SET")
+    state = sparsifier.state_dict()
+    rigl = BlockRigL(model, optimizer, 40)
+    with pytest.raises(ValueError, match="state: is of BlockSET, not of BlockRigL"):
+        rigl.load_state_dict(state)
+    other = nn.Sequential(mlp()[0])
+    theirs = BlockSET(other, torch.optim.SGD(other.parameters(), lr=1.0), 40)
+    with pytest.raises(ValueError, match="this model has \\['0'\\]"):
+        theirs.load_state_dict(state)
+    denser = mlp(0.5)
+    theirs = BlockSET(denser, torch.optim.SGD(denser.parameters(), lr=1.0), 40)
+    with pytest.raises(ValueError, match="has 32 blocks in 0, but the layer 64; load the model"):
+        theirs.load_state_dict(state)
+
+
+# --- rule 6: what it reports ----------------------------------------------------------------------
+
+
+def test_the_log_says_what_happened():
+    model, optimizer, sparsifier = make("SET")
+    with torch.no_grad():
+        model[0].values[model[0].pattern.row_indices == 3] = 0  # a whole row is the smallest
+    masks = [layer.pattern.mask() for layer in model if hasattr(layer, "pattern")]
+    returned = [train_step(model, optimizer, sparsifier, seed=step) for step in range(10)]
+    assert [entry for entry in returned if entry] == sparsifier.log
+    assert [entry["step"] for entry in sparsifier.log] == [5, 10]
+    entry = sparsifier.log[0]
+    assert entry["density"] == 0.25 and set(entry["layers"]) == {"0", "2"}
+    assert entry["churn"] == round(32 * sparsifier.drop(5)) / 32
+    layer = sparsifier.log[1]["layers"]["0"]
+    grown_at_5 = round(32 * sparsifier.drop(5))
+    born = sparsifier.layers[0].born
+    assert int((born == 10).sum()) == round(32 * sparsifier.drop(10))
+    assert 0 < int((born == 5).sum()) <= grown_at_5
+    assert layer["age"] == pytest.approx(float((10 - born).double().mean()))
+    now = model[0].pattern.mask()
+    assert layer["dead_rows"] == int((~now.any(1)).sum())
+    assert layer["dead_cols"] == int((~now.any(0)).sum())
+    assert layer["density"] == 0.25 and now.sum() == masks[0].sum()
+
+
+def test_churn_is_the_share_of_blocks_that_moved():
+    model, optimizer, sparsifier = make("RigL")
+    before = model[0].pattern.mask()
+    for step in range(5):
+        train_step(model, optimizer, sparsifier, seed=step)
+    gone = before & ~model[0].pattern.mask()
+    assert sparsifier.log[0]["layers"]["0"]["churn"] == int(gone.sum()) / 32 > 0
+
+
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_a_warning_when_nothing_changes_that_should(name):
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = METHODS[name][1](model, optimizer)
+    with pytest.warns(UserWarning, match="0: its pattern does not change: it has all its blocks"):
+        for step in range(5):
+            train_step(model, optimizer, sparsifier, seed=step)
+    model = nn.Sequential(BlockSparseLinear(16, 16, density=0.5, block_shape=(16, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = BlockSET(model, optimizer, 40, every=1, drop=0.3)
+    with pytest.warns(UserWarning, match="of its 1 blocks is less than one"):
+        train_step(model, optimizer, sparsifier)
+
+
+@method
+def test_no_warnings_in_a_normal_run(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, optimizer, sparsifier = make(name)
+        for step in range(40):
+            train_step(model, optimizer, sparsifier, seed=step)
+
+
+# --- under torch.compile --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_compiled_models_are_compiled_once(name):
+    counter = pytest.importorskip("torch._dynamo.testing").CompileCounterWithBackend("aot_eager")
+    model, optimizer, sparsifier = make(name)
+    plain, plain_optimizer, plain_sparsifier = make(name)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(26):
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+        for net, opt, sparse in (
+            (compiled, optimizer, sparsifier),
+            (plain, plain_optimizer, plain_sparsifier),
+        ):
+            (net(x) - x).square().mean().backward()
+            opt.step()
+            sparse.step()
+            opt.zero_grad()
+    assert counter.frame_count == 1
+    assert len(sparsifier.log) == 5
+    assert torch.equal(model[0].pattern.mask(), plain[0].pattern.mask())
+    assert torch.equal(model[2].pattern.mask(), plain[2].pattern.mask())
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BUILD = {
+    "SET": lambda m, o, **k: BlockSET(m, o, 100, **k),
+    "RigL": lambda m, o, **k: BlockRigL(m, o, 100, **k),
+    "gradual": lambda m, o, **k: GradualMagnitude(m, o, 100, density=0.1, **k),
+    "movement": lambda m, o, **k: BlockMovement(m, o, 100, **k),
+    "Wanda": lambda m, o, **k: BlockWanda(m, o, density=0.1, **k),
+}
+build = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
+
+
+@build
+def test_a_model_without_a_block_sparse_layer(build):
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="has no BlockSparseLinear; replace its layers with"):
+        build(model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+@build
+def test_an_optimizer_that_does_not_hold_the_parameters(build):
+    model = mlp()
+    with pytest.raises(ValueError, match="does not hold the values of layer 2"):
+        build(model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Sequential"):
+        build(model, model)
+
+
+@build
+def test_a_frozen_layer_stays_as_it_is_with_a_warning(build):
+    model = mlp(0.5)
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    with pytest.warns(UserWarning, match="2: is frozen, its pattern stays as it is"):
+        sparsifier = build(model, optimizer)
+    assert [layer.name for layer in sparsifier.layers] == ["0"]
+    model[0].requires_grad_(False)
+    with (
+        pytest.warns(UserWarning, match="is frozen"),
+        pytest.raises(ValueError, match="none of its block-sparse layers is trained"),
+    ):
+        build(model, optimizer)
+
+
+@build
+def test_only_some_layers(build):
+    model = mlp(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsifier = build(model, optimizer, only=lambda name: name == "2")
+    assert [layer.name for layer in sparsifier.layers] == ["2"]
+
+
+@pytest.mark.parametrize("build", [BlockSET, BlockRigL, GradualMagnitude, BlockMovement])
+def test_schedules_that_end_before_they_start(build):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = {"density": 0.1} if build is GradualMagnitude else {}
+    if build in (GradualMagnitude, BlockMovement):
+        options["begin"] = 50
+    with pytest.raises(ValueError, match=r"ends .* before it starts"):
+        build(model, optimizer, 100, end=0 if "begin" not in options else 20, **options)
+    with pytest.raises(ValueError, match=r"total_steps: must be"):
+        build(model, optimizer, 0, **options)
+
+
+def test_numbers_out_of_range():
+    model = mlp(0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for density in (0, -1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"density: must be in \(0, 1\]"):
+            GradualMagnitude(model, optimizer, 100, density=density)
+        with pytest.raises(ValueError, match=r"density: must be in \(0, 1\]"):
+            BlockWanda(model, density=density)
+    with pytest.raises(ValueError, match="would need 64 blocks, but has 32"):
+        GradualMagnitude(model, optimizer, 100, density=0.5)
+    for distribution in ("erdos", None):
+        with pytest.raises(ValueError, match="distribution: must be 'uniform', 'erk' or 'global'"):
+            GradualMagnitude(model, optimizer, 100, density=0.1, distribution=distribution)
+    with pytest.raises(ValueError, match=r"start: must be in \[0, 1\]"):
+        BlockSET(model, optimizer, 100, drop=1.5)
+    with pytest.raises(ValueError, match="score: must be one of"):
+        BlockSET(model, optimizer, 100, score="l3")
+    with pytest.raises(ValueError, match="interval: must be at least 1"):
+        BlockSET(model, optimizer, 100, every=0)
+    with pytest.raises(ValueError, match="candidates: must be at least 1"):
+        BlockRigL(model, optimizer, 100, candidates=0.5)
+    with pytest.raises(ValueError, match=r"random_share: must be in \[0, 1\]"):
+        BlockRigL(model, optimizer, 100, random_share=2)
+    with pytest.raises(ValueError, match="updates: at least 1"):
+        GradualMagnitude(model, optimizer, 100, density=0.1, updates=0)
+    for options in ({"threshold": 1.0}, {"floor": 0.0}, {"penalty": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            BlockMovement(model, optimizer, 100, **options)
