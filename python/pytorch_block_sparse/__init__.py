@@ -7,7 +7,7 @@ Three nouns carry the library: a :class:`Pattern` (which blocks), a :class:`Bloc
 
 from importlib.metadata import version
 
-from . import ops
+from . import _library, ops  # noqa: F401  (_library first: it defines the ops)
 from .linear import BlockSparseLinear
 from .matrix import BlockSparseMatrix
 from .patch import BlockSparseModelPatcher

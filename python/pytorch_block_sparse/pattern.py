@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (defines torch.ops.block_sparse)
-
 _index_from_bsr = torch.ops.block_sparse.index_from_bsr
 _index_from_mask = torch.ops.block_sparse.index_from_mask
 _index_from_blocks = torch.ops.block_sparse.index_from_blocks

@@ -2,8 +2,6 @@
 
 import torch
 
-from .. import _library  # noqa: F401  (defines torch.ops.block_sparse)
-
 forward = torch.ops.block_sparse.forward.default
 grad_input = torch.ops.block_sparse.grad_input.default
 grad_weight = torch.ops.block_sparse.grad_weight.default
