@@ -1,0 +1,180 @@
+"""Every vectorised CPU kernel, at every instruction set level, against the reference: bit for bit.
+
+Inputs are small integers, so that every sum is exact in every dtype and in any order.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+
+import pytorch_block_sparse  # noqa: F401  (loads the ops)
+
+ops = torch.ops.block_sparse
+
+LEVELS = ["avx512_bf16", "avx512", "avx2", "baseline"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+BLOCKS = [(32, 32), (16, 16), (64, 64), (8, 8), (4, 4), (1, 16), (16, 1), (32, 1), (1, 32)]
+BLOCKS += [(48, 80), (128, 128), (24, 40), (5, 7), (1, 1), (2, 6)]
+TOKENS = [0, 1, 2, 3, 7, 8, 12, 13, 31, 32, 33, 64, 100]
+
+
+@pytest.fixture
+def run_with(monkeypatch):
+    """Runs f with a kernel and a level; None where that kernel refuses."""
+
+    def run(kernel, level, f):
+        monkeypatch.setenv("BLOCK_SPARSE_KERNEL", kernel)
+        monkeypatch.setenv("BLOCK_SPARSE_ISA", level)
+        try:
+            return f()
+        except ValueError as error:
+            if "no kernel accepts" in str(error):
+                return None
+            raise
+        finally:
+            monkeypatch.delenv("BLOCK_SPARSE_KERNEL")
+            monkeypatch.delenv("BLOCK_SPARSE_ISA")
+
+    return run
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def supported(level):
+    message = ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLOCK_SPARSE_ISA", "none")
+        patch.setenv("BLOCK_SPARSE_KERNEL", "cpu_simd")
+        try:
+            index = ops.index_random(1, 1, 1, 0, False)
+            ops.forward(torch.zeros(16, 32), torch.zeros(1, 32, 32), index, None, 32)
+        except ValueError as error:
+            message = str(error)
+    return level in message.split(": ")[-1].split(", ")
+
+
+needs_level = pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not supported(name), reason="not this machine"))
+        for name in LEVELS
+    ],
+)
+
+
+def integers(*shape, dtype):
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def products(index, tokens, out_features, in_features, block, dtype):
+    """The products, as calls without arguments. Dense operands are parts of wider matrices."""
+    nnz = (index.numel() - 2 - -(-out_features // block[0]) - -(-in_features // block[1])) // 4
+    values = integers(nnz, *block, dtype=dtype)
+    x = integers(tokens, in_features + 3, dtype=dtype)[:, :in_features]
+    dy = integers(tokens, out_features + 5, dtype=dtype)[:, :out_features]
+    bias = integers(out_features, dtype=dtype)
+    return {
+        "forward": lambda: ops.forward(x, values, index, None, out_features),
+        "forward with bias": lambda: ops.forward(x, values, index, bias, out_features),
+        "grad_input": lambda: ops.grad_input(dy, values, index, in_features),
+        "grad_weight": lambda: ops.grad_weight(dy, x, index, *block),
+    }
+
+
+def check(run_with, kernel, level, calls, label):
+    for name, call in calls.items():
+        actual = run_with(kernel, level, call)
+        if actual is None:
+            continue
+        expected = run_with("cpu_reference", "", call)
+        assert torch.equal(actual, expected), f"{name}: {label}"
+
+
+@needs_level
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
+@pytest.mark.parametrize("kernel", ["cpu_simd", "cpu_few_tokens"])
+def test_equals_reference(run_with, threads, kernel, block, dtype, level):
+    rows, cols = (3, 5) if block[0] * block[1] > 64 else (12, 20)
+    for number, (tokens, ragged) in enumerate(product(TOKENS, (False, True))):
+        out_features = rows * block[0] - (block[0] // 3 if ragged else 0)
+        in_features = cols * block[1] - (block[1] // 3 if ragged else 0)
+        nnz = [rows * cols // 4, 1, rows * cols, 0][number % 4]
+        index = ops.index_random(rows, cols, nnz, number, False)
+        threads(1 + number % 2)
+        calls = products(index, tokens, out_features, in_features, block, dtype)
+        check(run_with, kernel, level, calls, f"{tokens} tokens, ragged: {ragged}, {nnz} blocks")
+
+
+def masks():
+    skewed = torch.zeros(8, 12, dtype=torch.bool)
+    skewed[3] = True
+    skewed[:, 0] = True
+    empty_lines = torch.rand(8, 12) < 0.5
+    empty_lines[[0, 4, 7]] = False
+    empty_lines[:, [1, 11]] = False
+    one = torch.zeros(8, 12, dtype=torch.bool)
+    one[7, 11] = True
+    return {"skewed": skewed, "empty lines": empty_lines, "one block": one}
+
+
+@needs_level
+@pytest.mark.parametrize("name", ["skewed", "empty lines", "one block", "banded"])
+@pytest.mark.parametrize("tokens", [5, 512])
+def test_patterns(run_with, threads, name, tokens, level):
+    threads(2)
+    index = (
+        ops.index_banded(8, 12, 1) if name == "banded" else ops.index_from_mask(masks()[name])
+    )
+    for kernel in ("cpu_simd", "cpu_few_tokens"):
+        calls = products(index, tokens, 8 * 32, 12 * 32, (32, 32), torch.float32)
+        check(run_with, kernel, level, calls, name)
+
+
+@needs_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_are_added_up_in_chunks(run_with, level, dtype):
+    """More tokens than grad_weight takes at a time. Sums stay below what bfloat16 holds exactly."""
+    index = ops.index_random(2, 3, 4, 0, False)
+    dy = torch.zeros(2100, 64, dtype=dtype)
+    dy[::50] = integers(42, 64, dtype=dtype).clamp(-1, 1)
+    x = integers(2100, 96, dtype=dtype).clamp(-1, 1)
+    call = {"grad_weight": lambda: ops.grad_weight(dy, x, index, 32, 32)}
+    check(run_with, "cpu_simd", level, call, "2100 tokens")
+
+
+@needs_level
+def test_what_lies_outside_the_matrix_is_never_read(run_with, level):
+    index = ops.index_random(2, 2, 4, 0, False)
+    for dtype in DTYPES:
+        values = integers(4, 32, 32, dtype=dtype)
+        outside = values.clone()
+        outside[2:, 28:] = float("nan")
+        outside[1::2, :, 27:] = float("nan")
+        for tokens in (3, 40):
+            x, dy = integers(tokens, 59, dtype=dtype), integers(tokens, 60, dtype=dtype)
+            for kernel in ("cpu_simd", "cpu_few_tokens"):
+                results = [
+                    (
+                        run_with(kernel, level, lambda v=v: ops.forward(x, v, index, None, 60)),
+                        run_with(kernel, level, lambda v=v: ops.grad_input(dy, v, index, 59)),
+                    )
+                    for v in (values, outside)
+                ]
+                for clean, dirty in zip(*results, strict=True):
+                    assert (clean is None) == (dirty is None)
+                    assert clean is None or torch.equal(clean, dirty), (kernel, dtype, tokens)
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2"])
+def test_unknown_level_is_an_error_that_lists_the_levels(monkeypatch, name):
+    monkeypatch.setenv("BLOCK_SPARSE_ISA", name)
+    index = ops.index_random(1, 1, 1, 0, False)
+    with pytest.raises(ValueError, match=f"no level '{name}'.*baseline"):
+        ops.forward(torch.zeros(16, 32), torch.zeros(1, 32, 32), index, None, 32)
