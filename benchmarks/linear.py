@@ -40,9 +40,7 @@ def arguments():
     parser.add_argument("--block", type=pair, default=(32, 32))
     parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512, 2048])
-    parser.add_argument(
-        "--products", nargs="+", default=["forward", "grad_input", "grad_weight"]
-    )
+    parser.add_argument("--products", nargs="+", default=["forward", "grad_input", "grad_weight"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
@@ -72,7 +70,7 @@ def dense_calls(x, weight):
 
 def sparse_bsr_call(x, values, index, out_features):
     """torch's own block-sparse layer, or None where it does not run."""
-    nnz, block_out, block_in = values.shape
+    nnz, block_out, _ = values.shape
     rows = out_features // block_out
     crow, col = index[: rows + 1], index[rows + 1 : rows + 1 + nnz]
     weight = torch.sparse_bsr_tensor(crow, col, values, (out_features, x.shape[1]))
@@ -169,8 +167,7 @@ def summary(args, results):
                 ratios = [
                     row["ratio"]
                     for row in results
-                    if (row["product"], row["tokens"], row["density"])
-                    == (product, tokens, density)
+                    if (row["product"], row["tokens"], row["density"]) == (product, tokens, density)
                 ]
                 cells.append(f"{geometric_mean(ratios):.2f} (>= {min(ratios):.2f})")
             yield f"{product:12} {tokens:6}  " + "  ".join(cells)
@@ -185,7 +182,13 @@ def plot(args, results, path):
     figure, (by_density, by_tokens) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     axes = [
         (by_density, "density", args.density, "tokens", max(args.tokens)),
-        (by_tokens, "tokens", args.tokens, "density", min(args.density, key=lambda d: abs(d - 0.25))),
+        (
+            by_tokens,
+            "tokens",
+            args.tokens,
+            "density",
+            min(args.density, key=lambda d: abs(d - 0.25)),
+        ),
     ]
     for axis, along, points, fixed, at in axes:
         for product in args.products:
@@ -205,7 +208,9 @@ def plot(args, results, path):
         axis.set_xticks(points, [str(point) for point in points], minor=False)
     by_density.set_ylabel("useful rate / dense rate")
     by_tokens.legend(loc="lower right")
-    figure.suptitle(f"{args.dtype}, blocks {args.block[0]}x{args.block[1]}, {args.threads} thread(s)")
+    figure.suptitle(
+        f"{args.dtype}, blocks {args.block[0]}x{args.block[1]}, {args.threads} thread(s)"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -129,9 +129,7 @@ def masks():
 @pytest.mark.parametrize("tokens", [5, 512])
 def test_patterns(run_with, threads, name, tokens, level):
     threads(2)
-    index = (
-        ops.index_banded(8, 12, 1) if name == "banded" else ops.index_from_mask(masks()[name])
-    )
+    index = ops.index_banded(8, 12, 1) if name == "banded" else ops.index_from_mask(masks()[name])
     for kernel in ("cpu_simd", "cpu_few_tokens"):
         calls = products(index, tokens, 8 * 32, 12 * 32, (32, 32), torch.float32)
         check(run_with, kernel, level, calls, name)
