@@ -130,12 +130,12 @@ def make_sparsifier(
     density: float,
     seed: int,
 ) -> Sparsifier | None:
-    """The method, at its defaults."""
+    """The method at its defaults, but for Adam's second moment (see BlockSET)."""
     steps = args.steps
     if method == "SET":
-        return BlockSET(model, optimizer, steps, seed=seed)
+        return BlockSET(model, optimizer, steps, seed=seed, second_moment="mean")
     if method == "RigL":
-        return BlockRigL(model, optimizer, steps, seed=seed)
+        return BlockRigL(model, optimizer, steps, seed=seed, second_moment="mean")
     if method.startswith("gradual"):
         return GradualMagnitude(model, optimizer, steps, density=density)
     if method == "movement":
