@@ -160,8 +160,12 @@ def test_what_lies_outside_the_matrix_is_never_read(run_with, level):
             for kernel in ("cpu_simd", "cpu_few_tokens"):
                 results = [
                     (
-                        run_with(kernel, level, lambda v=v: ops.forward(x, v, index, None, 60)),
-                        run_with(kernel, level, lambda v=v: ops.grad_input(dy, v, index, 59)),
+                        run_with(
+                            kernel, level, lambda v=v, x=x: ops.forward(x, v, index, None, 60)
+                        ),
+                        run_with(
+                            kernel, level, lambda v=v, dy=dy: ops.grad_input(dy, v, index, 59)
+                        ),
                     )
                     for v in (values, outside)
                 ]
