@@ -57,8 +57,8 @@ std::vector<const Kernel*> candidates(Backend backend) {
       order.push_back(&kernel);
       found = true;
     }
-    check(found, "BLOCK_SPARSE_KERNEL: no kernel is called '", name, "'; there are: ",
-          names(backend));
+    check(found, "BLOCK_SPARSE_KERNEL: no kernel is called '", name,
+          "'; there are: ", names(backend));
   }
   if (order.empty()) {
     for (const Kernel& kernel : kernels(backend)) order.push_back(&kernel);

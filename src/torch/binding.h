@@ -34,8 +34,8 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
                   int64_t in_features);
 Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index,
                    int64_t block_out, int64_t block_in);
-std::string explain(const Tensor& values, std::string product, int64_t tokens,
-                    int64_t out_features, int64_t in_features, bool bias);
+std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
+                    int64_t in_features, bool bias);
 
 // Throws unless `tensor` is a contiguous int32 tensor of one dimension.
 void check_index_tensor(const char* name, const Tensor& tensor);

@@ -44,9 +44,9 @@ Tensor index_from_mask(const Tensor& mask) {
   check(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2,
         "mask: must be a bool tensor [block_rows, block_cols], got ", describe(mask));
   const Tensor rows = torch::stable::contiguous(mask);
-  return to_tensor(Pattern::from_mask({static_cast<const uint8_t*>(rows.const_data_ptr()),
-                                       static_cast<size_t>(rows.numel())},
-                                      rows.size(0), rows.size(1)));
+  return to_tensor(Pattern::from_mask(
+      {static_cast<const uint8_t*>(rows.const_data_ptr()), static_cast<size_t>(rows.numel())},
+      rows.size(0), rows.size(1)));
 }
 
 Tensor index_from_blocks(const Tensor& blocks, int64_t block_rows, int64_t block_cols) {
@@ -63,8 +63,8 @@ Tensor index_from_blocks(const Tensor& blocks, int64_t block_rows, int64_t block
 
 Tensor index_random(int64_t block_rows, int64_t block_cols, int64_t nnz, int64_t seed,
                     bool balanced) {
-  return to_tensor(Pattern::random(block_rows, block_cols, nnz, static_cast<uint64_t>(seed),
-                                   balanced));
+  return to_tensor(
+      Pattern::random(block_rows, block_cols, nnz, static_cast<uint64_t>(seed), balanced));
 }
 
 Tensor index_banded(int64_t block_rows, int64_t block_cols, int64_t bandwidth) {
@@ -78,15 +78,19 @@ namespace binding = block_sparse::binding;
 
 STABLE_TORCH_LIBRARY(block_sparse, m) {
   // The products. `index` is the packed index of a pattern (include/block_sparse/pattern.h).
-  m.def("forward(Tensor input, Tensor values, Tensor index, Tensor? bias, SymInt out_features) "
-        "-> Tensor");
-  m.def("grad_input(Tensor grad_output, Tensor values, Tensor index, SymInt in_features) "
-        "-> Tensor");
-  m.def("grad_weight(Tensor grad_output, Tensor input, Tensor index, SymInt block_out, "
-        "SymInt block_in) -> Tensor");
+  m.def(
+      "forward(Tensor input, Tensor values, Tensor index, Tensor? bias, SymInt out_features) "
+      "-> Tensor");
+  m.def(
+      "grad_input(Tensor grad_output, Tensor values, Tensor index, SymInt in_features) "
+      "-> Tensor");
+  m.def(
+      "grad_weight(Tensor grad_output, Tensor input, Tensor index, SymInt block_out, "
+      "SymInt block_in) -> Tensor");
   // Which kernel would run, and why: for people.
-  m.def("explain(Tensor values, str product, int tokens, int out_features, int in_features, "
-        "bool bias) -> str");
+  m.def(
+      "explain(Tensor values, str product, int tokens, int out_features, int in_features, "
+      "bool bias) -> str");
   // Packed indices of new patterns; everything is validated.
   m.def("index_from_bsr(Tensor crow_indices, Tensor col_indices, SymInt block_cols) -> Tensor");
   m.def("index_from_mask(Tensor mask) -> Tensor");

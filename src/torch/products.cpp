@@ -97,9 +97,8 @@ Tensor allocate_like_rows(const Tensor& rows, int64_t features) {
 
 void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output) {
   if (output.numel() == 0) return;
-  args.output = {output.mutable_data_ptr(), desc.product == Product::forward
-                                                ? desc.out_features
-                                                : desc.in_features};
+  args.output = {output.mutable_data_ptr(),
+                 desc.product == Product::forward ? desc.out_features : desc.in_features};
   const Execution execution = Device::execution(output);
   const Kernel& kernel = choose(Device::backend(), desc);
   const int64_t bytes = workspace_size(kernel, desc, execution);
