@@ -10,6 +10,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CPP_SOURCES = $$(git ls-files '*.h' '*.hpp' '*.cpp' '*.cu' '*.cuh')
+# An editable install knows the modules that it found: where one is added or moved, it is done again.
+MODULES := $(shell find python -name '*.py' | sort | cksum | cut -d ' ' -f 1)
+INSTALLED := .venv/project-$(MODULES).stamp
 HAVE_GTEST = printf '\#include <gtest/gtest.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1
 
 .PHONY: help setup demo test test-cpp bench lint format wheel clean
@@ -18,7 +21,7 @@ HAVE_GTEST = printf '\#include <gtest/gtest.h>' | $(CXX) -E -x c++ - >/dev/null 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: .venv/project.stamp  ## .venv with torch, the build tools and this project (editable)
+setup: $(INSTALLED)  ## .venv with torch, the build tools and this project (editable)
 
 demo: setup  ## train a language model dense and block sparse, and compare (under 5 minutes)
 	python examples/train_language_model.py --out out/demo
@@ -69,7 +72,7 @@ test-cpp: setup
 	python -m pip install 'scikit-build-core>=0.11' cmake ninja
 	touch $@
 
-.venv/project.stamp: .venv/torch.stamp pyproject.toml
+$(INSTALLED): .venv/torch.stamp pyproject.toml
 	python -m pip install --no-build-isolation \
 	  --config-settings=cmake.define.BLOCK_SPARSE_WERROR=ON --editable '.[demo,test,lint]'
 	touch $@

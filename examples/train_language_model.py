@@ -56,8 +56,10 @@ def build_model(args: argparse.Namespace, seed: int, density: float | None) -> R
         type_vocab_size=1,
         hidden_dropout_prob=0.0,  # a short training on much text does not overfit
         attention_probs_dropout_prob=0.0,
+        initializer_range=args.hidden**-0.5,
     )
     model = RobertaForMaskedLM(config)
+    start_from_waves(model.roberta.embeddings.position_embeddings.weight)
     if density is not None:
         patcher = BlockSparseModelPatcher()
         patcher.add_pattern(LINEAR_LAYERS, {"density": density, "block_shape": (32, 32)})
@@ -66,12 +68,24 @@ def build_model(args: argparse.Namespace, seed: int, density: float | None) -> R
 
 
 @torch.no_grad()
+def start_from_waves(positions: torch.Tensor) -> None:
+    """Sines and cosines to start from, in which a shift is one linear map for all positions.
+
+    Learnt positions that start at random leave a short training at the frequencies of the tokens.
+    """
+    count, width = positions.shape
+    frequencies = torch.logspace(0, -math.log10(4 * count), width // 2)
+    angles = torch.arange(count)[:, None] * frequencies
+    positions.copy_(torch.cat((angles.sin(), angles.cos()), dim=1) * width**-0.5)
+
+
+@torch.no_grad()
 def held_out_loss(model: nn.Module, rows: torch.Tensor, args: argparse.Namespace) -> float:
     """Mean loss over the same held-out batches each time."""
     model.eval()
     losses = [
         model(**batch._asdict()).loss.item()
-        for batch in corpus.batches(rows, args.batch_size, 8, args.vocab_size, seed=args.seed + 1)
+        for batch in corpus.batches(rows, args.batch_size, 8, seed=args.seed + 1)
     ]
     model.train()
     return sum(losses) / len(losses)
@@ -85,7 +99,7 @@ def train(run: Run, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.N
         optimizer,
         lambda step: min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1)),
     )
-    batches = corpus.batches(rows, args.batch_size, args.steps, args.vocab_size, args.seed)
+    batches = corpus.batches(rows, args.batch_size, args.steps, args.seed)
     progress = tqdm(batches, total=args.steps, desc=run.name, unit="step", mininterval=1)
     for step, batch in enumerate(progress, start=1):
         start = time.perf_counter()
@@ -135,9 +149,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512, help="hidden size")
     parser.add_argument("--layers", type=int, default=2, help="encoder layers")
     parser.add_argument("--vocab-size", type=int, default=512, help="size of the vocabulary")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a step")
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its highest value")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--quick", action="store_true", help="a toy model and few steps")
@@ -170,6 +184,8 @@ def main(argv: list[str]) -> None:
 
     report.print_table(dense, sparse, linear_layers, tokens=args.batch_size * args.length)
     report.draw(dense, sparse, linear_layers(sparse.model)[-1].pattern, args.out / "report.png")
+    unigram = corpus.unigram_loss(rows, held_out, args.vocab_size)
+    print(f"held-out loss of the tokens' frequencies alone, without any context: {unigram:.3f}")
     here, there = save_and_reload(sparse, args, argv)
     print(f"held-out loss here {here:.6f}, loaded in a new process {there:.6f}")
     if not math.isclose(here, there, rel_tol=1e-6):

@@ -27,8 +27,9 @@ def test_train_language_model(tmp_path):
     # A quarter of the blocks; the biases stay whole and weigh more in layers as small as these.
     assert table["linear layers: parameters"][2] < 0.27
     assert table["linear layers: bytes, with indices"][2] < 0.28
-    for loss in table["held-out loss"][:2]:
-        assert 3 < loss < 6.2, "an untrained model is at log(512) = 6.24"
+    first, last = table["train loss, first step"], table["held-out loss"]
+    assert last[0] < first[0] - 0.3
+    assert last[1] < first[1] - 0.3
 
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert "loaded in a new process" in result.stdout
