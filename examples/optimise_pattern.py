@@ -55,7 +55,7 @@ LONG = {
     "densities": [0.5, 0.25, 0.1],
     "blocks": [16, 32],
 }
-QUICK = {"hidden": 64, "steps": 20, "seeds": [0], "densities": [0.25], "blocks": [16]}
+QUICK = {"steps": 20, "seeds": [0]}
 
 
 # Every linear layer of the decoder; the embedding, which is the head too, stays dense.
@@ -355,21 +355,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--methods", nargs="+", default=METHODS, choices=METHODS, help="what to run"
     )
     parser.add_argument("--densities", nargs="+", type=float, default=[0.25], help="at the end")
-    parser.add_argument(
-        "--blocks", nargs="+", type=int, default=[16], help="sizes of square blocks"
-    )
+    parser.add_argument("--blocks", nargs="+", type=int, default=[8], help="sizes of square blocks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each run")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size")
+    parser.add_argument("--hidden", type=int, default=64, help="hidden size")
     parser.add_argument("--layers", type=int, default=2, help="encoder layers")
     parser.add_argument("--vocab-size", type=int, default=512, help="size of the vocabulary")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a step")
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its highest")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=2400, help="training steps")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its highest")
     parser.add_argument(
         "--sparse-learning-rate",
         type=float,
-        default=5e-3,
+        default=6e-3,
         help="that of the models that are small or sparse from the start, which want more",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

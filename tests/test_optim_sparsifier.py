@@ -314,6 +314,21 @@ def test_a_warning_when_nothing_changes_that_should(name):
         train_step(model, optimizer, sparsifier)
 
 
+def test_a_warning_when_no_step_is_due():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.warns(UserWarning, match="no step is due: the first would be 50, the last 30"):
+        BlockSET(model, optimizer, 40, every=50)
+
+
+@pytest.mark.parametrize("total_steps", [2, 5, 40, 1000, 10**6])
+@pytest.mark.parametrize("build", [BlockSET, BlockRigL])
+def test_some_step_is_due_by_default(build, total_steps):
+    model = mlp()
+    schedule = build(model, torch.optim.SGD(model.parameters(), lr=1e-3), total_steps).schedule
+    assert schedule.interval <= schedule.end
+
+
 @method
 def test_no_warnings_in_a_normal_run(name):
     with warnings.catch_warnings():

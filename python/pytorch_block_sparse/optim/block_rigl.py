@@ -31,8 +31,8 @@ class BlockRigL(BlockSET):
 
     Args:
         model, optimizer, total_steps, every, end, score, new_values, second_moment, seed, only,
-            process_group: see :class:`BlockSET`. By default there is an update every 100 steps, or
-            20 in all if that is more, at least 20 steps apart.
+            process_group: see :class:`BlockSET`. By default there is an update every 100 steps (or
+            each quarter of `end`, if that is less).
         drop: the share to start with (it falls as a cosine), or a schedule of it.
         candidates: how many blocks are scored for each one grown.
         random_share: share of the new blocks that is random.
@@ -88,7 +88,7 @@ class BlockRigL(BlockSET):
             optimizer,
             total_steps,
             drop=drop,
-            every=max(20, min(100, end // 20)) if every is None else every,
+            every=max(1, min(end // 4, 100)) if every is None else every,
             end=end,
             score=score,
             new_values=new_values,

@@ -23,14 +23,15 @@ class BlockSET(Sparsifier):
 
     At each update, k = round(nnz * drop(step)) blocks of the lowest L1 norm go, and k of the absent
     blocks, drawn uniformly, come, with value zero. nnz stays. By default the share is
-    0.5 * (1 + cos(pi t / end)) / 2 with end = 0.75 T, in about 80 updates.
+    0.5 * (1 + cos(pi t / end)) / 2 with end = 0.75 T.
 
     Args:
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
         total_steps: T, the length of the training in real optimizer steps.
         drop: the share to start with, or a schedule of it.
-        every: steps between updates; by default so that there are about 80, but at least 20: a new
-            block has to learn something before it is judged.
+        every: steps between updates; by default so that there are about 80, but at least 100 steps
+            (or a quarter of `end`, if that is less): a new block that has learnt little is the next
+            one to go, and the layer never has all its blocks at work.
         end: last step with an update; by default 0.75 T.
         score: "l1", "l2" or "max": the norm of which the lowest blocks go.
         new_values: called with (layer, k), returns the values of k new blocks,
@@ -74,7 +75,7 @@ class BlockSET(Sparsifier):
     ) -> None:
         latest = share_of(total_steps, 0.75)
         end = latest if end is None else end
-        every = max(20, end // 80) if every is None else every
+        every = max(1, min(end // 4, max(100, end // 80))) if every is None else every
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
         if second_moment not in ("zero", "mean"):

@@ -146,6 +146,12 @@ class Sparsifier:
         self.log: list[dict[str, Any]] = []
         self._stepped = False
         self._calls_in_vain = 0
+        if max(schedule.begin, schedule.interval if not schedule.begin else 0) > schedule.end:
+            warnings.warn(
+                f"{type(self).__name__}: no step is due: the first would be {schedule.interval}, "
+                f"the last {schedule.end}",
+                stacklevel=3,
+            )
         if self.optimizer is not None:
             # Weakly: an optimizer must not keep a sparsifier alive that its user has dropped.
             self.optimizer.register_step_pre_hook(_weak_hook(self._before_optimizer_step))
