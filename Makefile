@@ -36,6 +36,7 @@ lint: setup  ## formatting, style and types
 	ruff check .
 	ruff format --check .
 	mypy
+	python benchmarks/figures.py --check
 	clang-format --dry-run -Werror $(CPP_SOURCES)
 
 format: setup  ## rewrite the sources in the project's format

@@ -1,0 +1,85 @@
+"""Writes the tables of the README from the results in benchmarks/results, and nothing by hand.
+
+Usage: python benchmarks/figures.py           # rewrite the README
+       python benchmarks/figures.py --check   # fail if the README is not what the results say
+"""
+
+import json
+import math
+import pathlib
+import statistics
+import sys
+
+HERE = pathlib.Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+PRODUCTS = ["forward", "grad_input", "grad_weight"]
+
+
+def geometric_mean(values):
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def table(results):
+    """Speed-up over the best dense call, the geometric mean over the shapes; worst in brackets."""
+    densities = sorted({row["density"] for row in results}, reverse=True)
+    yield "| product | tokens | " + " | ".join(f"density {d:g}" for d in densities) + " |"
+    yield "|---|---:|" + "---:|" * len(densities)
+    for product in PRODUCTS:
+        for tokens in sorted({row["tokens"] for row in results if row["product"] == product}):
+            cells = []
+            for density in densities:
+                speedups = [
+                    row["speedup"]
+                    for row in results
+                    if (row["product"], row["tokens"], row["density"]) == (product, tokens, density)
+                ]
+                cells.append(f"{geometric_mean(speedups):.1f}x ({min(speedups):.1f})")
+            yield f"| {product} | {tokens} | " + " | ".join(cells) + " |"
+
+
+def section(path):
+    """One table, with what it takes to repeat it."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    block = "x".join(map(str, about["block"]))
+    shapes = ", ".join(sorted({f"{row['out']}x{row['in']}" for row in results}))
+    clock = "process time" if about["clock"] == "cpu" else "wall time"
+    yield f"**{about['dtype']}, blocks {block}, {about['threads']} {'thread' if about['threads'] == 1 else 'threads'}**: shapes {shapes}"
+    yield f"({about['cpu']}, {about['capability']}, torch {about['torch']}, {clock}, {about['date']};"
+    yield f"`{about['command']}`)."
+    yield ""
+    yield from table(results)
+    yield ""
+
+
+def figures():
+    yield BEGIN
+    yield "## Measured"
+    yield ""
+    yield "How many times faster than the best dense call that torch offers for the same shape (the fastest"
+    yield "of `F.linear` and oneDNN with packed and with plain weights): geometric mean over the shapes, the"
+    yield "worst in brackets. Gradients are held against the dense *forward*. Calls alternate in one process."
+    yield ""
+    for path in sorted((HERE / "results").glob("cpu_*.json")):
+        yield from section(path)
+    yield END
+
+
+def main():
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    wanted = head + "\n".join(figures()) + tail
+    if "--check" in sys.argv:
+        if text != wanted:
+            raise SystemExit(
+                "README: its figures are not those of benchmarks/results; "
+                "run python benchmarks/figures.py"
+            )
+        return
+    README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
