@@ -43,10 +43,12 @@ def section(path):
     data = json.loads(path.read_text())
     about, results = data["about"], data["results"]
     block = "x".join(map(str, about["block"]))
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
     shapes = ", ".join(sorted({f"{row['out']}x{row['in']}" for row in results}))
     clock = "process time" if about["clock"] == "cpu" else "wall time"
-    yield f"**{about['dtype']}, blocks {block}, {about['threads']} {'thread' if about['threads'] == 1 else 'threads'}**: shapes {shapes}"
-    yield f"({about['cpu']}, {about['capability']}, torch {about['torch']}, {clock}, {about['date']};"
+    machine = f"{about['cpu']}, {about['capability']}, torch {about['torch']}"
+    yield f"**{about['dtype']}, blocks {block}, {threads}**: shapes {shapes}"
+    yield f"({machine}, {clock}, {about['date']};"
     yield f"`{about['command']}`)."
     yield ""
     yield from table(results)
@@ -57,9 +59,10 @@ def figures():
     yield BEGIN
     yield "## Measured"
     yield ""
-    yield "How many times faster than the best dense call that torch offers for the same shape (the fastest"
-    yield "of `F.linear` and oneDNN with packed and with plain weights): geometric mean over the shapes, the"
-    yield "worst in brackets. Gradients are held against the dense *forward*. Calls alternate in one process."
+    yield "How many times faster than the best dense call that torch offers for the same shape (the"
+    yield "fastest of `F.linear` and oneDNN with packed and with plain weights): geometric mean over"
+    yield "the shapes, the worst in brackets. Gradients are held against the dense *forward*. Calls"
+    yield "alternate in one process."
     yield ""
     for path in sorted((HERE / "results").glob("cpu_*.json")):
         yield from section(path)
