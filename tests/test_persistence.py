@@ -548,6 +548,30 @@ def test_accelerate_load_checkpoint_and_dispatch(tmp_path):
         assert_same_layer(target.get_submodule(name), source.get_submodule(name))
 
 
+def test_a_cast_of_an_offloaded_pattern_says_who_holds_it():
+    accelerate = pytest.importorskip("accelerate")
+    source = layer_with(6)
+    target = accelerate.cpu_offload(
+        nn.Sequential(copy.deepcopy(source)), torch.device("cpu"), offload_buffers=True
+    )
+    target(torch.randn(3, IN))
+    assert target[0].crow_indices.is_meta
+    with pytest.raises(RuntimeError, match=r"^crow_indices.*meta device.*offload_buffers=True"):
+        target.double()
+    accelerate.hooks.remove_hook_from_submodules(target)  # as the message says
+    target.double()
+    assert_same_layer(target[0], source.double())
+
+
+@pytest.mark.parametrize("name", ["crow_indices", "col_indices"])
+def test_a_cast_of_indices_that_someone_put_on_meta_says_what_is_wrong(name):
+    layer = layer_with(6)
+    setattr(layer, name, getattr(layer, name).to("meta"))
+    with pytest.raises(RuntimeError, match=r"^crow_indices, col_indices: are on the meta device"):
+        layer.half()
+    assert layer.values.dtype == torch.float32
+
+
 def test_transformers_from_pretrained(tmp_path):
     transformers = pytest.importorskip("transformers")
 

@@ -76,7 +76,13 @@ class PatternModule(nn.Module):
 
     def _pattern_to_keep(self) -> Pattern:
         if self.crow_indices.is_meta or self.col_indices.is_meta:
-            assert self._host_pattern is not None
+            if self._host_pattern is None:
+                raise RuntimeError(
+                    "crow_indices, col_indices: are on the meta device, and the pattern is not "
+                    "known here; a hook that offloads buffers (accelerate.cpu_offload with "
+                    "offload_buffers=True) holds it: move or cast the model before, or remove the "
+                    "hook first (accelerate.hooks.remove_hook_from_submodules)"
+                )
             return self._host_pattern
         if self._index.is_meta:  # accelerate has placed the tensors of a checkpoint one by one
             return self._pattern_from_bsr(self.crow_indices, self.col_indices)
