@@ -201,6 +201,13 @@ def test_block_norm(p):
     assert matrix_of("no_block").block_norm(p).shape == (0,)
 
 
+def test_block_norm_counts_the_inside_only():
+    matrix = BlockSparseMatrix(torch.ones(12, *BLOCK), Pattern.full(RAGGED, BLOCK))
+    wanted = torch.tensor([[20, 20, 20, 12]] * 2 + [[15, 15, 15, 9]])
+    assert torch.equal(matrix.block_norm(1), wanted.flatten().float())
+    assert matrix.values.eq(1).all()
+
+
 def test_block_mask_and_the_rest():
     matrix = matrix_of()
     assert torch.equal(matrix.block_mask(), matrix.pattern.mask())
@@ -238,7 +245,7 @@ def test_gradients():
     assert gradcheck(lambda v, x: of(v).t() @ x, (values, left.detach().t()))
     assert gradcheck(lambda d: BlockSparseMatrix.from_dense(d, pattern=pattern).values, (dense,))
     assert gradcheck(lambda d: BlockSparseMatrix.from_dense(d, (2, 3), 3).values, (dense,))
-    assert gradcheck(lambda v: of(v).block_norm(2), (values,))
+    assert gradcheck(lambda v: of(v).block_norm(2), (values,))  # (5, 8) in (2, 3) is ragged
 
 
 # --- what is refused ------------------------------------------------------------------------------

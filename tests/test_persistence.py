@@ -95,6 +95,18 @@ def test_checkpoint_of_a_ragged_layer_is_zero_outside():
     assert (state["values"][4::5, :, 8:] == 0).all()
 
 
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("nnz", [15, 6], ids=["same_number", "more"])
+def test_numbers_outside_a_ragged_layer_are_not_loaded(nnz, assign):
+    state = layer_with(15).state_dict()
+    state["values"].fill_(1)
+    target = layer_with(nnz, seed=1)
+    target.load_state_dict(state, assign=assign)
+    assert target.values.sum() == OUT * IN
+    assert torch.equal(target.to_dense().weight, torch.ones(OUT, IN))
+    assert state["values"].eq(1).all()  # the checkpoint is not ours to change
+
+
 LOADS = {"same_number": 6, "fewer": 4, "more": 9, "all": 15, "one": 1}
 
 

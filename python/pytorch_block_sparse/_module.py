@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._resized import refuse_old_state
+from .matrix import zero_outside
 from .pattern import Pattern
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -120,6 +121,10 @@ class PatternModule(nn.Module):
                 return
             if pattern.nnz != self.block_count:
                 self._resize(pattern)
+            values = state_dict[keys[0]].detach()
+            inside = zero_outside(values, pattern.to(values.device))
+            if not torch.equal(inside, values):  # else `assign` takes the tensor as it is
+                state_dict = {**state_dict, keys[0]: inside}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

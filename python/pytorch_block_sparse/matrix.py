@@ -236,8 +236,9 @@ class BlockSparseMatrix:
         return BlockSparseMatrix(values, self.pattern.t())
 
     def block_norm(self, p: float = 2) -> Tensor:
-        """``[nnz]``: the p-norm of each block, the block taken as a vector."""
-        return torch.linalg.vector_norm(self.values, ord=p, dim=(1, 2))
+        """``[nnz]``: the p-norm of each block as a vector; what lies outside does not count."""
+        inside = zero_outside(self.values, self.pattern)
+        return torch.linalg.vector_norm(inside, ord=p, dim=(1, 2))
 
     def block_mask(self) -> Tensor:
         """bool ``[block_rows, block_cols]``: True where the block is present."""
@@ -271,6 +272,25 @@ class BlockSparseMatrix:
             f"nnz={self.pattern.nnz}, density={self.pattern.density:.3g}, dtype={self.dtype}, "
             f"device={str(self.device)!r})"
         )
+
+
+def zero_outside(values: Tensor, pattern: Pattern) -> Tensor:
+    """`values` with zeros where edge blocks reach outside the matrix; itself if none does."""
+    sizes = zip(pattern.shape, pattern.block_shape, strict=True)
+    aligned = all(size % block == 0 for size, block in sizes)
+    return values if aligned else zero_outside_(values.clone(), pattern)
+
+
+def zero_outside_(values: Tensor, pattern: Pattern) -> Tensor:
+    """Zeroes `values` in place where edge blocks reach outside the matrix."""
+    (rows, cols), (block_out, block_in) = pattern.grid, pattern.block_shape
+    inside_out = pattern.shape[0] - (rows - 1) * block_out
+    inside_in = pattern.shape[1] - (cols - 1) * block_in
+    if inside_out < block_out:
+        values[pattern.row_indices == rows - 1, inside_out:] = 0
+    if inside_in < block_in:
+        values[pattern.col_indices == cols - 1, :, inside_in:] = 0
+    return values
 
 
 def _check_count(name: str, count: int, cells: int) -> None:
