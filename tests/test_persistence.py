@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pytorch_block_sparse import BlockSparseLinear, Pattern
+from pytorch_block_sparse import BlockSparseLinear, Pattern, _resized
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,6 +138,16 @@ def test_another_number_of_blocks_keeps_the_parameter(nnz):
     assert values.grad is None
     target(torch.randn(3, IN)).sum().backward()
     assert values.grad.shape == (nnz, 16, 16)
+
+
+def test_gradients_survive_a_load_only_with_their_pattern():
+    layer = layer_with(6)
+    layer(torch.randn(3, IN)).sum().backward()
+    gradient = layer.values.grad
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())
+    assert layer.values.grad is gradient
+    layer.load_state_dict(layer_with(6, seed=1).state_dict())  # as many blocks, others
+    assert layer.values.grad is None and layer.bias.grad is not None
 
 
 @pytest.mark.parametrize("nnz", [6, 9], ids=["same_number", "more"])
@@ -724,6 +734,20 @@ def test_an_optimizer_with_moments_of_the_old_shape_refuses_to_step(kind, nnz):
     first = train(layer, optimizer)
     assert train(layer, optimizer, steps=3) != first
     assert (layer.values != before["values"]).flatten(1).any(dim=1).all()
+
+
+def test_a_layer_whose_moments_fit_is_looked_at_no_more():
+    layer = layer_with(6)
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+    layer.load_state_dict(layer_with(9, seed=1).state_dict())
+    assert layer in _resized._resized
+    train(layer, optimizer)  # the state is made in this step
+    assert layer in _resized._resized
+    train(layer, optimizer)
+    assert layer not in _resized._resized
+    layer.load_state_dict(layer_with(6).state_dict())
+    with pytest.raises(RuntimeError, match="holds exp_avg"):
+        train(layer, optimizer)
 
 
 def test_factored_moments_of_the_new_shape_are_no_error():

@@ -121,6 +121,8 @@ class PatternModule(nn.Module):
                 return
             if pattern.nnz != self.block_count:
                 self._resize(pattern)
+            elif self._index.is_meta or not pattern.equal(self.pattern):
+                self.values.grad = None  # it is that of other blocks
             values = state_dict[keys[0]].detach()
             inside = zero_outside(values, pattern.to(values.device))
             if not torch.equal(inside, values):  # else `assign` takes the tensor as it is

@@ -39,8 +39,9 @@ class BlockSparseLinear(PatternModule):
     in the block row, so that each output has the variance that it has in a dense ``nn.Linear``.
 
     ``load_state_dict`` adopts the pattern of the checkpoint, also one with another number of blocks
-    (same ``values`` object, its gradient cleared). An optimizer that already holds moments of the
-    old shape then refuses to step: load its state too, or ``optimizer.state.pop(layer.values)``.
+    (same ``values`` object). If the pattern is another one, the gradient of ``values`` is cleared,
+    and the moments that an optimizer already holds are those of other blocks: load its state too,
+    or ``optimizer.state.pop(layer.values)``. With moments of an old shape it refuses to step.
 
     Example:
         >>> import torch
