@@ -59,8 +59,8 @@ def figures():
     yield BEGIN
     yield "## Measured"
     yield ""
-    yield "How many times faster than the best dense call that torch offers for the same shape (the"
-    yield "fastest of `F.linear` and oneDNN with packed and with plain weights): geometric mean over"
+    yield "How many times faster than the best dense call that torch offers for the same shape, the"
+    yield "fastest of `F.linear` and oneDNN with packed and with plain weights: geometric mean over"
     yield "the shapes, the worst in brackets. Gradients are held against the dense *forward*. Calls"
     yield "alternate in one process."
     yield ""

@@ -81,8 +81,7 @@ BLOCK_SPARSE_HOST_DEVICE T grad_weight(const ProductDesc& desc, const ProductArg
   return store<T>(sum);
 }
 
-// Elements of a product's output, in memory order, and the one at `index`: what a kernel loops
-// over.
+// Rows and columns of a product's output, in memory order, and one element of it.
 BLOCK_SPARSE_HOST_DEVICE inline int64_t output_rows(const ProductDesc& desc) {
   return desc.product == Product::grad_weight ? desc.nnz * desc.block.out : desc.tokens;
 }

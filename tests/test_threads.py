@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pytorch_block_sparse import ops
-from zoo import normal, pattern_of
+from pytorch_block_sparse import Pattern, ops
+from zoo import normal
 
 
-def products(seed=0):
-    pattern = pattern_of("random", (160, 128), (32, 32))
-    values = normal(pattern.nnz, 32, 32, seed=seed).requires_grad_()
-    x = normal(67, 128, seed=seed + 1).requires_grad_()
-    y = ops.linear(x, values, pattern.index, None, 160)
+def products(seed=0, block=32):
+    """All three products, large enough to be split among threads."""
+    pattern = Pattern.random((512, 384), 0.5, (block, block), torch.Generator().manual_seed(seed))
+    values = normal(pattern.nnz, block, block, seed=seed).requires_grad_()
+    x = normal(203, 384, seed=seed + 1).requires_grad_()
+    y = ops.linear(x, values, pattern.index, None, 512)
     y.pow(2).sum().backward()
     return y.detach(), x.grad, values.grad
 
@@ -29,14 +30,15 @@ def test_concurrent_calls_give_what_one_gives():
                 assert all(map(torch.equal, got, want))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_number_of_threads_does_not_change_the_result(threads):
+@pytest.mark.parametrize("block", [32, 4])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_does_not_change_the_result(threads, block):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        got = products()
+        got = products(block=block)
         torch.set_num_threads(1)
-        assert all(map(torch.equal, got, products()))
+        assert all(map(torch.equal, got, products(block=block)))
     finally:
         torch.set_num_threads(before)
 
@@ -51,12 +53,26 @@ def run(code):
     return process.stdout.split()
 
 
+def test_the_products_above_use_several_threads():
+    code = """
+import os, torch
+from test_threads import products
+torch.set_num_threads(1)
+products()
+torch.set_num_threads(4)
+before = len(os.listdir("/proc/self/task"))
+products()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert int(run(code)[0]) >= 3
+
+
 def test_set_num_threads_1_starts_no_threads():
     """Counts the threads of a fresh process around a product that would be split."""
     code = """
 import os, sys, torch
 import pytorch_block_sparse
-from zoo import normal, pattern_of
+from zoo import normal
 torch.set_num_threads(1)
 pattern = pattern_of("full", (512, 512), (32, 32))
 values, x = normal(pattern.nnz, 32, 32), normal(256, 512)

@@ -123,6 +123,7 @@ class Sparsifier:
     Raises:
         ValueError: no block-sparse layer, none that is trained, or an optimizer that does not hold
             their values.
+        RuntimeError: two optimizer steps without a call of :meth:`step` in between.
         TypeError: the optimizer keeps state that cannot follow the blocks (see
             :func:`update_pattern_`; found at the first update, where it appears then only).
     """
@@ -144,7 +145,7 @@ class Sparsifier:
         self.layers = self._choose_layers(model, only)
         self.steps = 0
         self.log: list[dict[str, Any]] = []
-        self._stepped = False
+        self._new_steps = 0  # of the optimizer, since the last call of step()
         self._calls_in_vain = 0
         if max(schedule.begin, schedule.interval if not schedule.begin else 0) > schedule.end:
             warnings.warn(
@@ -187,7 +188,7 @@ class Sparsifier:
         Returns:
             The new entry of :attr:`log` if the pattern was updated, else None.
         """
-        if not self._stepped:
+        if self._new_steps == 0:
             self._calls_in_vain += 1
             if self._calls_in_vain == _CALLS_BEFORE_WARNING:
                 warnings.warn(
@@ -196,7 +197,12 @@ class Sparsifier:
                     stacklevel=2,
                 )
             return None
-        self._stepped, self._calls_in_vain = False, 0
+        if self._new_steps > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: the optimizer has made {self._new_steps} steps since the "
+                "last call of step(); call it after each optimizer.step()"
+            )
+        self._new_steps, self._calls_in_vain = 0, 0
         self.steps += 1
         with torch.no_grad():
             self._after_step()
@@ -240,7 +246,7 @@ class Sparsifier:
                     f"{layer.module.block_count}; load the model's state first"
                 )
         self.seed, self.steps, self.log = state["seed"], state["steps"], list(state["log"])
-        self._stepped = False
+        self._new_steps = 0
         for layer in self.layers:
             self._load_layer_state(layer, state["layers"][layer.name])
         if self.schedule.due(self.steps + 1):
@@ -325,7 +331,7 @@ class Sparsifier:
             self._collect()
 
     def _after_optimizer_step(self) -> None:
-        self._stepped = True
+        self._new_steps += 1
 
     def _run_update(self) -> dict[str, Any]:
         before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
