@@ -269,6 +269,10 @@ def test_pseudo_linear_computes_the_same_densely():
     report = patched(dense, (".*", rule | {"pseudo_linear": True}))
     assert type(dense.head) is PseudoBlockSparseLinear and sparse_names(dense) == []
     assert [entry.name for entry in report] == LINEAR
+    for entry in report:  # its weight is dense: nothing is saved
+        layer = dense.get_submodule(entry.name)
+        assert entry.parameters_after == sum(p.numel() for p in layer.parameters())
+        assert entry.parameters_after == entry.parameters_before
     torch.testing.assert_close(dense(TOKENS), sparse(TOKENS))
 
 

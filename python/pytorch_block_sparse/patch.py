@@ -153,16 +153,16 @@ class BlockSparseModelPatcher:
                 continue
             rule = plan[layer]
             sparse = BlockSparseLinear.from_dense(_as_linear(layer), rule.density, rule.block_shape)
+            new = PseudoBlockSparseLinear(sparse) if rule.pseudo_linear else sparse
             report.append(
                 PatchedLayer(
                     names[0],
                     (sparse.out_features, sparse.in_features),
                     sparse.density,
                     _count_parameters(layer),
-                    _count_parameters(sparse),
+                    _count_parameters(new),
                 )
             )
-            new = PseudoBlockSparseLinear(sparse) if rule.pseudo_linear else sparse
             for name in names:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, new)
