@@ -351,6 +351,14 @@ def test_leaves_a_layer_with_hooks_alone(hook):
     assert_left_alone(model, "blocks.0.down", "it carries hooks")
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_leaves_a_layer_with_hooks_on_its_tensors_alone(name, hook):
+    model = Model()
+    getattr(getattr(model.blocks[0].up, name), hook)(lambda tensor: None)
+    assert_left_alone(model, "blocks.0.up", f"its {name} carries hooks")
+
+
 @pytest.mark.parametrize("tool", ["weight_norm", "orthogonal", "spectral_norm"])
 def test_leaves_a_parametrized_layer_alone(tool):
     model = Model().eval()
