@@ -91,22 +91,6 @@ def test_positional_arguments():
     assert (layer.block_count, layer.block_shape) == (3, (16, 32))
 
 
-def test_readme_one_liner():
-    from pytorch_block_sparse import BlockSparseLinear
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = BlockSparseLinear(1024, 256, density=0.1)
-
-        def forward(self, x):
-            return self.fc(x)
-
-    model = Model()
-    assert model(torch.randn(2, 1024)).shape == (2, 256)
-    assert sum(p.numel() for p in model.parameters()) == 26 * 32 * 32 + 256
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @sizes
