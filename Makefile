@@ -29,8 +29,9 @@ demo: setup  ## train a language model dense and block sparse, and compare (unde
 test: setup test-cpp  ## all tests: C++ (where GoogleTest is found), then Python
 	python -m pytest
 
-bench: setup  ## time the products against torch's dense ones
+bench: setup  ## time the products against torch's dense ones, and check the bars
 	python benchmarks/linear.py
+	python benchmarks/overhead.py
 
 lint: setup  ## formatting, style and types
 	ruff check .

@@ -21,7 +21,7 @@ from datetime import date
 
 import torch
 
-import pytorch_block_sparse  # noqa: F401  (loads the ops)
+from pytorch_block_sparse.pattern import grid_shape, split_index
 
 ops = torch.ops.block_sparse
 SHAPES = ["3072x768", "768x3072", "4096x4096"]  # out x in
@@ -70,9 +70,8 @@ def dense_calls(x, weight):
 
 def sparse_bsr_call(x, values, index, out_features):
     """torch's own block-sparse layer, or None where it does not run."""
-    nnz, block_out, _ = values.shape
-    rows = out_features // block_out
-    crow, col = index[: rows + 1], index[rows + 1 : rows + 1 + nnz]
+    rows, cols = grid_shape((out_features, x.shape[1]), values.shape[1:])
+    crow, col = split_index(index, (rows, cols))[:2]
     weight = torch.sparse_bsr_tensor(crow, col, values, (out_features, x.shape[1]))
     try:
         torch.nn.functional.linear(x, weight)

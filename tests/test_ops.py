@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
 
 from pytorch_block_sparse import BlockSparseLinear, Pattern, ops
 from pytorch_block_sparse.testing import dense_forward
@@ -211,18 +210,6 @@ def test_frozen_values_do_not_keep_the_input_alive(registered):
     assert not input_survives(case.values.detach())
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensors", "reentrant"])
-def test_activation_checkpointing(use_reentrant):
-    case, copy = Case(), Case()
-    checkpoint(case.linear, case.x, case.values, case.bias, use_reentrant=use_reentrant).pow(
-        2
-    ).sum().backward()
-    copy.dense(copy.x, copy.values, copy.bias).pow(2).sum().backward()
-    torch.testing.assert_close(case.x.grad, copy.x.grad)
-    torch.testing.assert_close(case.values.grad, copy.values.grad)
-    torch.testing.assert_close(case.bias.grad, copy.bias.grad)
-
-
 # --- torch.func -----------------------------------------------------------------------------------
 
 
@@ -301,14 +288,6 @@ def test_torch_func_under_autocast():
     assert gradient.dtype == torch.float32
     exact = torch.func.grad(lambda x, v, b: case.linear(x, v, b).sum(), argnums=1)(*operands)
     torch.testing.assert_close(gradient, exact, rtol=0.05, atol=0.05)
-
-
-def test_functional_call():
-    layer = BlockSparseLinear(13, 11, density=0.5, block_shape=(4, 4))
-    x = torch.randn(3, 13)
-    doubled = {name: 2 * tensor for name, tensor in layer.named_parameters()}
-    y = torch.func.functional_call(layer, doubled, (x,))
-    torch.testing.assert_close(y, 2 * layer(x))
 
 
 # --- torch.compile and torch.export ---------------------------------------------------------------

@@ -269,6 +269,10 @@ def test_pseudo_linear_computes_the_same_densely():
     report = patched(dense, (".*", rule | {"pseudo_linear": True}))
     assert type(dense.head) is PseudoBlockSparseLinear and sparse_names(dense) == []
     assert [entry.name for entry in report] == LINEAR
+    for entry in report:  # its weight is dense: nothing is saved
+        layer = dense.get_submodule(entry.name)
+        assert entry.parameters_after == sum(p.numel() for p in layer.parameters())
+        assert entry.parameters_after == entry.parameters_before
     torch.testing.assert_close(dense(TOKENS), sparse(TOKENS))
 
 
@@ -345,6 +349,14 @@ def test_leaves_a_layer_with_hooks_alone(hook):
     model = Model()
     hook(model.blocks[0].down)
     assert_left_alone(model, "blocks.0.down", "it carries hooks")
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_leaves_a_layer_with_hooks_on_its_tensors_alone(name, hook):
+    model = Model()
+    getattr(getattr(model.blocks[0].up, name), hook)(lambda tensor: None)
+    assert_left_alone(model, "blocks.0.up", f"its {name} carries hooks")
 
 
 @pytest.mark.parametrize("tool", ["weight_norm", "orthogonal", "spectral_norm"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pytorch_block_sparse import Pattern
+from pytorch_block_sparse.pattern import index_size, split_index
 from zoo import BLOCK_SHAPES, PATTERN_KINDS, block_id, pattern_of, seeded, zoo
 
 MASK = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 0]], dtype=torch.bool)
@@ -34,6 +35,11 @@ def test_every_index_of_a_small_pattern(device):
         *(0, 3, 2, 3, 0, 2),
         *(0, 4, 2, 5, 1, 3),
     ]
+    parts = split_index(pattern.index, pattern.grid)
+    assert torch.equal(torch.cat(parts), pattern.index)
+    assert parts.ccol_indices.tolist() == [0, 2, 4, 6]
+    assert parts.trow_indices.tolist() == [0, 3, 2, 3, 0, 2]
+    assert len(pattern.index) == index_size(pattern.grid, pattern.nnz)
     for indices in (pattern.crow_indices, pattern.col_indices, pattern.index):
         assert indices.dtype == torch.int32 and indices.device == pattern.device
     assert torch.equal(pattern.mask().cpu(), MASK) and pattern.mask().device == pattern.device

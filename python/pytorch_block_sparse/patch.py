@@ -25,6 +25,7 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class BlockSparseModelPatcher:
         """Replaces the layers of `model` that match, in place, and prints a table of them.
 
         A layer keeps its device, dtype, ``requires_grad`` and train/eval mode, and the blocks of
-        largest magnitude. Layers that carry hooks or parametrizations, and weights that are tied to
-        another module, are left alone with a warning.
+        largest magnitude. Layers that carry hooks (the module or its tensors) or parametrizations,
+        and weights that are tied to another module, are left alone with a warning.
 
         Returns:
             One :class:`PatchedLayer` for each replaced layer.
@@ -153,16 +154,16 @@ class BlockSparseModelPatcher:
                 continue
             rule = plan[layer]
             sparse = BlockSparseLinear.from_dense(_as_linear(layer), rule.density, rule.block_shape)
+            new = PseudoBlockSparseLinear(sparse) if rule.pseudo_linear else sparse
             report.append(
                 PatchedLayer(
                     names[0],
                     (sparse.out_features, sparse.in_features),
                     sparse.density,
                     _count_parameters(layer),
-                    _count_parameters(sparse),
+                    _count_parameters(new),
                 )
             )
-            new = PseudoBlockSparseLinear(sparse) if rule.pseudo_linear else sparse
             for name in names:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, new)
@@ -273,6 +274,10 @@ def _why_not(layer: nn.Module, names: list[str], tied: dict[str, str]) -> str | 
     for hooks in _HOOKS:
         if getattr(layer, hooks, None):
             return f"it carries hooks ({hooks.strip('_')})"
+    for name, tensor in layer.named_parameters(recurse=False):
+        for hooks in _TENSOR_HOOKS:
+            if getattr(tensor, hooks, None):
+                return f"its {name} carries hooks ({hooks.strip('_')})"
     if hasattr(layer, "_hf_hook"):
         return "it carries a hook of accelerate"
     dtype = cast(nn.Parameter, layer.weight).dtype

@@ -1,6 +1,6 @@
 """Pattern: which blocks of a weight are present. Knows positions, never values."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,34 @@ def grid_shape(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[in
 def count_for_density(density: float, blocks: int) -> int:
     """round(density * blocks), and at least one where there is a block at all."""
     return min(blocks, max(1, round(check_density(density) * blocks)))
+
+
+class IndexParts(NamedTuple):
+    """Views of a packed index, in the order in which they lie in it."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    row_indices: Tensor
+    ccol_indices: Tensor
+    trow_indices: Tensor
+    permutation: Tensor
+
+
+def index_size(grid: tuple[int, int], nnz: int) -> int:
+    """Length of the packed index of `nnz` blocks in a `grid` of (block rows, block columns)."""
+    rows, cols = grid
+    return rows + 1 + cols + 1 + 4 * nnz
+
+
+def index_nnz(index: Tensor, grid: tuple[int, int]) -> int:
+    """How many blocks a packed index has."""
+    return (index.numel() - index_size(grid, 0)) // 4
+
+
+def split_index(index: Tensor, grid: tuple[int, int]) -> IndexParts:
+    """The parts of a packed index, as ``include/block_sparse/pattern.h`` lays it out."""
+    (rows, cols), nnz = grid, index_nnz(index, grid)
+    return IndexParts(*index.split([rows + 1, nnz, nnz, cols + 1, nnz, nnz]))
 
 
 class Pattern:
@@ -120,9 +148,8 @@ class Pattern:
     def _from_index(
         cls, index: Tensor, shape: tuple[int, int], block_shape: tuple[int, int]
     ) -> "Pattern":
-        rows, cols = grid_shape(shape, block_shape)
-        nnz = (index.numel() - (rows + 1) - (cols + 1)) // 4
-        crow, col = index[: rows + 1].clone(), index[rows + 1 : rows + 1 + nnz].clone()
+        parts = split_index(index, grid_shape(shape, block_shape))
+        crow, col = parts.crow_indices.clone(), parts.col_indices.clone()
         return cls(crow, col, index, shape, block_shape)
 
     @classmethod
@@ -295,13 +322,12 @@ class Pattern:
     @property
     def row_indices(self) -> Tensor:
         """int32 ``[nnz]``: the block row of each block (a view of `index`)."""
-        start = self.grid[0] + 1 + self.nnz
-        return self.index[start : start + self.nnz]
+        return split_index(self.index, self.grid).row_indices
 
     @property
     def permutation(self) -> Tensor:
         """int32 ``[nnz]``: the blocks ordered by block column, then block row (a view)."""
-        return self.index[self.index.numel() - self.nnz :]
+        return split_index(self.index, self.grid).permutation
 
     def mask(self) -> Tensor:
         """bool ``[block_rows, block_cols]``: True where the block is present."""
@@ -319,14 +345,9 @@ class Pattern:
 
     def t(self) -> "Pattern":
         """The pattern of the transposed weight. Its blocks are ordered as :attr:`permutation`."""
-        rows, cols = self.grid
-        index = self.index_in_step()
-        start = rows + 1 + 2 * self.nnz
-        ccol = index[start : start + cols + 1]
-        trow = index[start + cols + 1 : start + cols + 1 + self.nnz]
-        return Pattern.from_bsr(
-            ccol.clone(), trow.clone(), (self.shape[1], self.shape[0]), self.block_shape[::-1]
-        )
+        parts = split_index(self.index_in_step(), self.grid)
+        ccol, trow = parts.ccol_indices.clone(), parts.trow_indices.clone()
+        return Pattern.from_bsr(ccol, trow, self.shape[::-1], self.block_shape[::-1])
 
     def equal(self, other: "Pattern") -> bool:
         """True if both have the same blocks, shape and block shape."""

@@ -6,13 +6,7 @@ They check what would give a tensor of the wrong kind; sizes are checked when th
 import torch
 from torch import Tensor
 
-
-def _index_size(block_rows: int, block_cols: int, nnz: int) -> int:
-    return block_rows + 1 + block_cols + 1 + 4 * nnz
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b
+from ..pattern import grid_shape, index_nnz, index_size
 
 
 def _check_fake(index: Tensor, **operands: Tensor | None) -> None:
@@ -47,10 +41,8 @@ def _grad_weight_fake(
     grad_output: Tensor, input: Tensor, index: Tensor, block_out: int, block_in: int
 ) -> Tensor:
     _check_fake(index, grad_output=grad_output, input=input)
-    rows = _ceil_div(grad_output.shape[-1], block_out)
-    cols = _ceil_div(input.shape[-1], block_in)
-    nnz = (index.numel() - _index_size(rows, cols, 0)) // 4
-    return input.new_empty((nnz, block_out, block_in))
+    grid = grid_shape((grad_output.shape[-1], input.shape[-1]), (block_out, block_in))
+    return input.new_empty((index_nnz(index, grid), block_out, block_in))
 
 
 @torch.library.register_fake("block_sparse::index_from_bsr")
@@ -59,7 +51,7 @@ def _index_from_bsr_fake(crow_indices: Tensor, col_indices: Tensor, block_cols: 
         raise ValueError(
             f"col_indices: is on {col_indices.device}, but crow_indices on {crow_indices.device}"
         )
-    size = _index_size(crow_indices.numel() - 1, block_cols, col_indices.numel())
+    size = index_size((crow_indices.numel() - 1, block_cols), col_indices.numel())
     return crow_indices.new_empty(size)
 
 
@@ -71,7 +63,7 @@ def _index_from_mask_fake(mask: Tensor) -> Tensor:
 
 @torch.library.register_fake("block_sparse::index_from_blocks")
 def _index_from_blocks_fake(blocks: Tensor, block_rows: int, block_cols: int) -> Tensor:
-    size = _index_size(block_rows, block_cols, blocks.shape[0])
+    size = index_size((block_rows, block_cols), blocks.shape[0])
     return blocks.new_empty(size, dtype=torch.int32)
 
 
@@ -79,11 +71,11 @@ def _index_from_blocks_fake(blocks: Tensor, block_rows: int, block_cols: int) ->
 def _index_random_fake(
     block_rows: int, block_cols: int, nnz: int, seed: int, balanced: bool
 ) -> Tensor:
-    return torch.empty(_index_size(block_rows, block_cols, nnz), dtype=torch.int32, device="cpu")
+    return torch.empty(index_size((block_rows, block_cols), nnz), dtype=torch.int32, device="cpu")
 
 
 @torch.library.register_fake("block_sparse::index_banded")
 def _index_banded_fake(block_rows: int, block_cols: int, bandwidth: int) -> Tensor:
     diagonal = [r * block_cols // block_rows for r in range(block_rows)]
     nnz = sum(min(block_cols, d + bandwidth + 1) - max(0, d - bandwidth) for d in diagonal)
-    return torch.empty(_index_size(block_rows, block_cols, nnz), dtype=torch.int32, device="cpu")
+    return torch.empty(index_size((block_rows, block_cols), nnz), dtype=torch.int32, device="cpu")

@@ -1,0 +1,130 @@
+"""The Python of README.md and docs/pattern-optimisation.md runs, exactly as printed.
+
+A test gives a block the names that it takes from the reader (a model, batches), and nothing else.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pytorch_block_sparse import BlockSparseLinear, BlockSparseModelPatcher
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks_of(document):
+    """Its fenced blocks of Python, in order."""
+    text = (ROOT / document).read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run(code, document, **names):
+    exec(compile(code, document, "exec"), names)
+    return names
+
+
+README = blocks_of("README.md")
+GUIDE = blocks_of("docs/pattern-optimisation.md")
+
+
+def test_every_block_is_run_below():
+    assert len(README) == 3
+    assert len(GUIDE) == 4  # the third one shows a result
+
+
+# --- README.md ------------------------------------------------------------------------------------
+
+
+def test_the_one_changed_line():
+    (line,) = re.findall(r"^self\..*", README[0], re.MULTILINE)
+    before = line.split("# was ")[1]
+    code = "class Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    model = run(code + textwrap.indent(README[0], " " * 8), "README.md", nn=nn)["Model"]()
+    dense = eval(before, {"nn": nn})
+    assert [name for name, _ in model.named_children()] == ["fc"]
+    assert (model.fc.in_features, model.fc.out_features) == (dense.in_features, dense.out_features)
+    assert type(model.fc) is BlockSparseLinear and model.fc.block_count == 26
+    x = torch.randn(2, dense.in_features)
+    assert model.fc(x).shape == dense(x).shape
+
+
+def test_a_whole_model(capsys):
+    pytest.importorskip("transformers")
+    model = run(README[1], "README.md")["model"]
+    sparse = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
+    assert len(sparse) == 2 * 3  # of each layer: attention output, intermediate, output
+    assert "roberta.encoder.layer.1.output.dense" in capsys.readouterr().out
+    assert model(torch.arange(5)[None]).logits.shape == (1, 5, model.config.vocab_size)
+
+
+def test_bring_your_own_pattern(capsys):
+    layer = run(README[2], "README.md")["layer"]
+    assert layer.pattern.equal(run(README[2], "README.md")["pattern"])
+    assert "forward f32 tokens=512" in capsys.readouterr().out
+
+
+# --- docs/pattern-optimisation.md -----------------------------------------------------------------
+
+
+def patched_model():
+    """What the reader has: a model, its patcher, an optimizer."""
+    model = nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 64), nn.Linear(64, 20))
+    patcher = BlockSparseModelPatcher()
+    patcher.add_pattern("1", {"density": 0.25, "block_shape": (16, 16)})
+    return model, patcher
+
+
+def loss_of(model, batch):
+    return model(batch).square().mean()
+
+
+def trained():
+    """The first block, run: what the others go on with."""
+    model, patcher = patched_model()
+    patcher.patch_model(model)
+    return run(
+        GUIDE[0],
+        "pattern-optimisation.md",
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        batches=torch.arange(12).reshape(3, 4),
+        loss_of=loss_of,
+    )
+
+
+def test_training_with_a_method():
+    names = trained()
+    assert names["sparsifier"].steps == 3
+    assert names["model"][1].density == 0.25
+
+
+def test_saving_and_resuming(tmp_path):
+    saving, resuming = re.split(r"^\.\.\.\n", GUIDE[1], flags=re.MULTILINE)
+    first, second = trained(), trained()
+    run(saving, "pattern-optimisation.md", **first, path=tmp_path / "saved", torch=torch)
+    saved = torch.load(tmp_path / "saved", weights_only=True)
+    run(resuming, "pattern-optimisation.md", **second, saved=saved)
+    assert second["model"][1].pattern.equal(first["model"][1].pattern)
+    for mine, theirs in zip(first["model"].parameters(), second["model"].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_distillation():
+    model, patcher = patched_model()
+    ids = torch.arange(8).reshape(2, 4)
+    code = GUIDE[3]
+    names = run(
+        code,
+        "pattern-optimisation.md",
+        model=model,
+        patcher=patcher,
+        ids=ids,
+        labels=ids,
+        torch=torch,
+    )
+    assert type(names["model"][1]) is BlockSparseLinear
+    assert names["loss"].requires_grad and names["loss"].isfinite()
