@@ -149,6 +149,16 @@ def test_many_tokens_are_added_up_in_chunks(run_with, level, dtype):
 
 
 @needs_level
+@pytest.mark.parametrize("tokens,nnz", [(300, 40), (20, 1024)])
+def test_x_or_blocks_larger_than_a_cache(run_with, threads, level, tokens, nnz):
+    """cpu_panel takes x in chunks, and fetches large blocks ahead."""
+    index = ops.index_random(32, 32, nnz, 0, False)
+    threads(2)
+    calls = products(index, tokens, 1024, 1024, (32, 32), torch.float32)
+    check(run_with, "cpu_panel", level, calls, f"{tokens} tokens, {nnz} blocks")
+
+
+@needs_level
 def test_what_lies_outside_the_matrix_is_never_read(run_with, level):
     index = ops.index_random(2, 2, 4, 0, False)
     for dtype in DTYPES:

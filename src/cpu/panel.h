@@ -7,6 +7,7 @@
 
 #include "block_sparse/product.h"
 #include "cpu/blocks.h"
+#include "cpu/columns.h"
 #include "cpu/split.h"
 #include "cpu/strip.h"
 #include "cpu/tile.h"
@@ -19,17 +20,24 @@ class Panel {
   using Packed = typename Math::Packed;
   using Sum = typename Math::Sum;
 
+  static constexpr bool kForward = kProduct == Product::forward;
   static constexpr int64_t kLane = kLanes<Sum>;
   static constexpr int kVectors = 2;
   static constexpr int kTokens = kRegisters == 32 ? 12 : 6;
   static constexpr int64_t kSliceOutputs = kVectors * kLane;
-  // Columns of x are a cache line wide, whatever the depth of a block: the rows of a tile are then
-  // a constant apart.
-  static constexpr int64_t kColumn = 64 / sizeof(Packed);
+  static constexpr int64_t kColumn = BLOCK_SPARSE_LEVEL::kColumn<Packed>;
   // Canonical blocks are [out][in]: for grad_input each row is a vector of outputs.
   static constexpr bool kInPlace =
       kProduct == Product::grad_input && Math::kDepth == 1 && sizeof(Storage) == sizeof(Packed);
-  static constexpr int64_t kChunkBytes = kInPlace ? 512 << 10 : 8 << 20;
+  // Blocks up to this size stay in the last cache: they are brought into form once, and then, as
+  // when they are read in place, a chunk of x that stays in the second cache is best. Larger ones
+  // are read, and brought into form, once per chunk: few chunks.
+  static constexpr int64_t kCachedBytes = 8 << 20;
+  static constexpr int64_t kSmallChunkBytes = 512 << 10;
+  static constexpr int64_t kLargeChunkBytes = kInPlace ? 2 << 20 : 8 << 20;
+  static constexpr int64_t kManyTokens = 256;
+  // Blocks from this size on are fetched ahead of their use.
+  static constexpr int64_t kFetchedBytes = 4 << 20;
   static constexpr int64_t kMinTokensPerPart = 64;
 
  public:
@@ -54,12 +62,13 @@ class Panel {
   struct Slice {
     int64_t output, row, count;
     Range entries;
+    Packed* prepared;
   };
 
   Panel(const ProductDesc& desc, const ProductArgs& args, void* workspace)
       : walk_(Walk::of<kProduct>(desc, args.weight.pattern)),
         block_(desc.block),
-        x_(kProduct == Product::forward ? args.x : args.dy),
+        x_(kForward ? args.x : args.dy),
         values_(static_cast<const Storage*>(args.weight.values)),
         bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
         y_(args.output),
@@ -67,15 +76,31 @@ class Panel {
         chunk_tokens_(chunk_tokens(desc)),
         column_stride_(column_stride(desc)),
         columns_(static_cast<Packed*>(workspace)),
+        prepare_all_(prepares_all(desc)),
+        fetch_blocks_(kForward && !prepare_all_ && block_bytes(desc) >= kFetchedBytes),
         prepared_(columns_ + columns(desc) * column_stride_) {}
 
+  static int64_t steps_of(int64_t features) { return (features + Math::kDepth - 1) / Math::kDepth; }
+  int64_t steps() const { return steps_of(walk_.depth_block); }
+
   static int64_t columns(const ProductDesc& desc) {
-    const int64_t depths = kProduct == Product::forward ? desc.in_features : desc.out_features;
-    return (depths + kColumn * Math::kDepth - 1) / (kColumn * Math::kDepth);
+    return (steps_of(kForward ? desc.in_features : desc.out_features) + kColumn - 1) / kColumn;
+  }
+  static int64_t block_elements(const ProductDesc& desc) {
+    return kForward ? desc.block.out * steps_of(desc.block.in)
+                    : desc.block.in * steps_of(desc.block.out);
+  }
+  static int64_t block_bytes(const ProductDesc& desc) {
+    return desc.nnz * block_elements(desc) * int64_t{sizeof(Packed)};
+  }
+  static bool prepares_all(const ProductDesc& desc) {
+    return !kInPlace && desc.tokens >= kManyTokens && block_bytes(desc) <= kCachedBytes;
   }
   static int64_t chunk_tokens(const ProductDesc& desc) {
-    const int64_t token_bytes = std::max<int64_t>(1, columns(desc)) * 64;
-    const int64_t chunks = (desc.tokens * token_bytes + kChunkBytes - 1) / kChunkBytes;
+    const bool small = kInPlace ? block_bytes(desc) <= kCachedBytes : prepares_all(desc);
+    const int64_t most = small ? kSmallChunkBytes : kLargeChunkBytes;
+    const int64_t bytes = desc.tokens * std::max<int64_t>(1, columns(desc)) * 64;
+    const int64_t chunks = std::max<int64_t>(1, (bytes + most - 1) / most);
     const int64_t tiles = (desc.tokens + kTokens - 1) / kTokens;
     return (tiles + chunks - 1) / chunks * kTokens;
   }
@@ -85,11 +110,11 @@ class Panel {
   }
   static int64_t part_bytes(const ProductDesc& desc) {
     int64_t elements = columns(desc) * column_stride(desc);
-    if constexpr (!kInPlace) {
+    if (prepares_all(desc)) {
+      elements += desc.nnz * block_elements(desc);
+    } else if (!kInPlace) {
       const GridShape grid = desc.grid();
-      elements += kSliceOutputs * (kProduct == Product::forward
-                                       ? grid.block_cols * desc.block.in
-                                       : grid.block_rows * desc.block.out + grid.block_rows);
+      elements += (kForward ? grid.block_cols : grid.block_rows) * block_elements(desc);
     }
     return (elements * int64_t{sizeof(Packed)} + 63) / 64 * 64;
   }
@@ -100,91 +125,109 @@ class Panel {
   }
 
   void run_part(Range tokens, Range outputs) const {
+    const Slice first = slice_at(outputs.begin, outputs, prepared_);
+    if (prepare_all_) {
+      for (Slice slice = first; slice.count > 0; slice = after(slice, outputs)) prepare(slice);
+    }
     for (int64_t token = tokens.begin; token < tokens.end; token += chunk_tokens_) {
-      run_chunk({token, std::min(tokens.end, token + chunk_tokens_)}, outputs);
+      const Range chunk{token, std::min(tokens.end, token + chunk_tokens_)};
+      pack_columns<Math>(static_cast<const Storage*>(x_.data) + token * x_.row_stride,
+                         x_.row_stride, chunk.end - token, walk_.depths, columns_, column_stride_);
+      for (Slice slice = first; slice.count > 0;) {
+        if (!prepare_all_) prepare(slice);
+        const Slice next = after(slice, outputs);
+        with_constant<kVectors>(
+            vectors(slice), [&](auto wide) { run_slice<wide()>(slice, next, chunk, tokens.end); });
+        slice = next;
+      }
     }
     if (stream_) end_of_stream();
   }
 
-  void run_chunk(Range tokens, Range outputs) const {
-    pack(tokens);
-    for (int64_t output = outputs.begin; output < outputs.end;) {
-      const int64_t block = output / walk_.output_block;
-      const int64_t row = output % walk_.output_block;
-      const int64_t end = std::min(outputs.end, output - row + walk_.output_block);
-      const Slice slice{output,
-                        row,
-                        std::min(kSliceOutputs, end - output),
-                        {walk_.first[block], walk_.first[block + 1]}};
-      with_constant<kVectors>((slice.count + kLane - 1) / kLane,
-                              [&](auto vectors) { run_slice<vectors()>(slice, tokens); });
-      output += slice.count;
-    }
+  // None (count 0) at the end of the outputs.
+  Slice slice_at(int64_t output, Range outputs, Packed* prepared) const {
+    if (output >= outputs.end) return {};
+    const int64_t block = output / walk_.output_block;
+    const int64_t row = output % walk_.output_block;
+    const int64_t end = std::min(outputs.end, output - row + walk_.output_block);
+    return {output,
+            row,
+            std::min(kSliceOutputs, end - output),
+            {walk_.first[block], walk_.first[block + 1]},
+            prepared};
   }
-
-  // [tokens][features] -> [features / kColumn][tokens][kColumn]
-  void pack(Range tokens) const {
-    constexpr int64_t kStep = kLane * Math::kDepth, kTogether = 4;
-    const Storage* from = static_cast<const Storage*>(x_.data);
-    for (int64_t first = tokens.begin; first < tokens.end; first += kTogether) {
-      const int64_t last = std::min(tokens.end, first + kTogether);
-      Packed* to = columns_ + (first - tokens.begin) * kColumn;
-      for (int64_t depth = 0; depth < walk_.depths; depth += kColumn * Math::kDepth) {
-        for (int64_t token = first; token < last; ++token) {
-          const Storage* row = from + token * x_.row_stride + depth;
-          Packed* line = to + (token - first) * kColumn;
-          __builtin_prefetch(row + 8 * kColumn * Math::kDepth);
-#pragma GCC unroll 4
-          for (int64_t i = 0; i < kColumn; i += kLane) {
-            const int64_t left = walk_.depths - depth - i * Math::kDepth;
-            store(line + i, left >= kStep
-                                ? Math::load(row + i * Math::kDepth)
-                                : Math::load(row + i * Math::kDepth, std::max<int64_t>(0, left)));
-          }
-        }
-        to += column_stride_;
-      }
-    }
+  Slice after(const Slice& slice, Range outputs) const {
+    const int64_t size =
+        prepare_all_ ? (slice.entries.end - slice.entries.begin) * steps() * vectors(slice) * kLane
+                     : 0;
+    return slice_at(slice.output + slice.count, outputs, slice.prepared + size);
   }
+  static int64_t vectors(const Slice& slice) { return (slice.count + kLane - 1) / kLane; }
 
   template <int kWide>
-  void run_slice(const Slice& slice, Range tokens) const {
-    prepare<kWide>(slice);
+  void run_slice(const Slice& slice, const Slice& next, Range tokens, int64_t tokens_end) const {
     // Tiles of about the same height.
     const int64_t count = tokens.end - tokens.begin;
     const int64_t tiles = (count + kTokens - 1) / kTokens;
+    const int64_t lines = kSliceOutputs * walk_.depth_block * int64_t{sizeof(Storage)} / 64;
+    const int64_t each = (lines + tiles - 1) / tiles;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range part = even_part(count, 1, tile, tiles);
       with_constant<kTokens>(part.end - part.begin, [&](auto height) {
-        run_tile<height(), kWide>(slice, tokens.begin + part.begin,
-                                  columns_ + part.begin * kColumn);
+        const int64_t token = tokens.begin + part.begin;
+        const Later later{next,
+                          {std::min(lines, each * tile), std::min(lines, each * (tile + 1))},
+                          token + chunk_tokens_,
+                          std::min<int64_t>(height(), tokens_end - token - chunk_tokens_)};
+        run_tile<height(), kWide>(slice, token, columns_ + part.begin * kColumn, later);
       });
     }
   }
 
-  int64_t steps() const { return (walk_.depth_block + Math::kDepth - 1) / Math::kDepth; }
-
+  // What a tile fetches for later: its share of the blocks of the next slice, a little with each
+  // entry, and its share of the tokens of the next chunk.
+  struct Later {
+    const Slice& next;
+    Range lines;
+    int64_t token, tokens;
+  };
+  BLOCK_SPARSE_INLINE void fetch_block(const Later& later, int64_t index) const {
+    const int64_t entry = later.next.entries.begin + index;
+    if (entry >= later.next.entries.end) return;
+    const Storage* from = values_ + (entry * block_.out + later.next.row) * block_.in;
+    for (int64_t i = later.lines.begin; i < later.lines.end; ++i) {
+      __builtin_prefetch(from + i * int64_t{64 / sizeof(Storage)}, 0, 2);
+    }
+  }
+  BLOCK_SPARSE_INLINE void fetch_tokens(const Later& later, const Slice& slice) const {
+    constexpr int64_t kLine = 64 / sizeof(Storage);
+    const int64_t begin = walk_.depths * slice.output / walk_.outputs / kLine * kLine;
+    const int64_t end = walk_.depths * (slice.output + slice.count) / walk_.outputs;
+    const Storage* from = static_cast<const Storage*>(x_.data) + later.token * x_.row_stride;
+    for (int64_t token = 0; token < later.tokens; ++token, from += x_.row_stride) {
+      for (int64_t i = begin; i < end; i += kLine) __builtin_prefetch(from + i, 0, 2);
+    }
+  }
   // Brings the blocks of a slice into the form [entry][step][outputs].
-  template <int kWide>
   void prepare(const Slice& slice) const {
-    constexpr int64_t kWidth = kWide * kLane;
     if constexpr (!kInPlace) {
-      Packed* to = prepared_;
+      const int64_t width = vectors(slice) * kLane;
+      Packed* to = slice.prepared;
       for (int64_t entry = slice.entries.begin; entry < slice.entries.end; ++entry) {
-        if constexpr (kProduct == Product::forward) {
-          pack_strip<Math>(values_ + (entry * block_.out + slice.row) * block_.in, block_.in,
-                           kWidth, block_.in, to, kWidth);
+        if constexpr (kForward) {
+          pack_strip<Math>(values_ + (entry * block_.out + slice.row) * block_.in, block_.in, width,
+                           block_.in, to, width);
         } else {
           const Storage* from = values_ + walk_.number[entry] * block_.out * block_.in + slice.row;
           Packed* vector = to;
           for (int64_t row = 0; row < block_.out; row += Math::kDepth) {
-            for (int64_t i = 0; i < kWidth; i += kLane, vector += kLane) {
+            for (int64_t i = 0; i < width; i += kLane, vector += kLane) {
               store(vector,
                     Math::join(from + row * block_.in + i, block_.in, block_.out - row, kLane));
             }
           }
         }
-        to += steps() * kWidth;
+        to += steps() * width;
       }
     }
   }
@@ -195,15 +238,16 @@ class Panel {
     if constexpr (kInPlace) {
       return values_ + walk_.number[entry] * block_.out * block_.in + slice.row;
     } else {
-      return prepared_ + (entry - slice.entries.begin) * steps() * (kWide * kLane);
+      return slice.prepared + (entry - slice.entries.begin) * steps() * (kWide * kLane);
     }
   }
 
   template <int kHigh, int kWide>
-  __attribute__((noinline)) void run_tile(const Slice& slice, int64_t token,
-                                          const Packed* x) const {
+  __attribute__((noinline)) void run_tile(const Slice& slice, int64_t token, const Packed* x,
+                                          const Later& later) const {
     const int64_t stride = kInPlace ? block_.in : kWide * kLane;
     Tile<Math, kHigh, kWide> tile;
+    if (later.tokens > 0) fetch_tokens(later, slice);
     const auto column = [&](const Packed* from, int64_t step) {
       return from + step / kColumn * column_stride_ + step % kColumn;
     };
@@ -214,6 +258,7 @@ class Panel {
           begin +
           (std::min(walk_.depth_block, walk_.depths - depth) + Math::kDepth - 1) / Math::kDepth;
       // What is needed next: the same steps of the entry after this one, or of the next tile.
+      if (fetch_blocks_) fetch_block(later, entry - slice.entries.begin);
       const bool last = entry + 1 == slice.entries.end;
       const int64_t next = last ? slice.entries.begin : entry + 1;
       const Packed* x_ahead = last ? x + kHigh * kColumn : x;
@@ -229,32 +274,9 @@ class Panel {
         step += count;
       }
     }
-    store_tile(tile, slice, token);
-  }
-
-  template <int kHigh, int kWide>
-  BLOCK_SPARSE_INLINE void store_tile(const Tile<Math, kHigh, kWide>& tile, const Slice& slice,
-                                      int64_t token) const {
-    Vec<Sum> bias[kWide] = {};
-    if (bias_ != nullptr) {
-      for (int v = 0; v < kWide; ++v) {
-        bias[v] = Math::load_sum(bias_ + slice.output + v * kLane,
-                                 std::min(kLane, slice.count - v * kLane));
-      }
-    }
-    Storage* y = static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output;
-    const auto at = [&](int row, int v) { return y + row * y_.row_stride + v * kLane; };
-    if (slice.count < kWide * kLane) {
-      tile.for_each([&](int row, int v, Vec<Sum> sum) BLOCK_SPARSE_INLINE_LAMBDA {
-        Math::store(at(row, v), sum + bias[v], std::min(kLane, slice.count - v * kLane));
-      });
-    } else if (stream_) {
-      tile.for_each([&](int row, int v, Vec<Sum> sum)
-                        BLOCK_SPARSE_INLINE_LAMBDA { Math::stream(at(row, v), sum + bias[v]); });
-    } else {
-      tile.for_each([&](int row, int v, Vec<Sum> sum)
-                        BLOCK_SPARSE_INLINE_LAMBDA { Math::store(at(row, v), sum + bias[v]); });
-    }
+    store_rows(tile, static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output,
+               y_.row_stride, slice.count, bias_ == nullptr ? nullptr : bias_ + slice.output,
+               stream_);
   }
 
   Walk walk_;
@@ -267,6 +289,8 @@ class Panel {
   int64_t chunk_tokens_;
   int64_t column_stride_;  // elements
   Packed* columns_;
+  bool prepare_all_;   // once for all chunks
+  bool fetch_blocks_;  // those of the next slice
   Packed* prepared_;
 };
 

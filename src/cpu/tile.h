@@ -135,6 +135,33 @@ struct Tile {
   }
 };
 
+// The sums of a tile as rows of `count` elements of an output, with the bias if there is one;
+// `past_caches` needs whole, aligned lines where `count` is whole.
+template <class Math, int kRows, int kVectors>
+BLOCK_SPARSE_INLINE void store_rows(const Tile<Math, kRows, kVectors>& tile,
+                                    typename Math::Storage* to, int64_t stride, int64_t count,
+                                    const typename Math::Storage* bias, bool past_caches) {
+  using Sum = typename Math::Sum;
+  constexpr int64_t L = kLanes<Sum>;
+  const auto left = [&](int v) { return std::clamp<int64_t>(count - v * L, 0, L); };
+  const auto at = [&](int row, int v) { return to + row * stride + v * L; };
+  Vec<Sum> add[kVectors] = {};
+  if (bias != nullptr) {
+    for (int v = 0; v < kVectors; ++v) add[v] = Math::load_sum(bias + v * L, left(v));
+  }
+  if (count < kVectors * L) {
+    tile.for_each([&](int row, int v, Vec<Sum> sum) BLOCK_SPARSE_INLINE_LAMBDA {
+      Math::store(at(row, v), sum + add[v], left(v));
+    });
+  } else if (past_caches) {
+    tile.for_each([&](int row, int v, Vec<Sum> sum)
+                      BLOCK_SPARSE_INLINE_LAMBDA { Math::stream(at(row, v), sum + add[v]); });
+  } else {
+    tile.for_each([&](int row, int v, Vec<Sum> sum)
+                      BLOCK_SPARSE_INLINE_LAMBDA { Math::store(at(row, v), sum + add[v]); });
+  }
+}
+
 // Calls f(std::integral_constant<int, n>) with the run-time n in [1, kMax].
 template <int kMax, class F>
 BLOCK_SPARSE_INLINE void with_constant(int64_t n, const F& f) {
