@@ -52,6 +52,8 @@ LONG = {
     "length": 128,
     "batch_size": 64,
     "steps": 4000,
+    "learning_rate": 1e-3,
+    "sparse_learning_rate": 2e-3,
     "densities": [0.5, 0.25, 0.1],
     "blocks": [16, 32],
 }

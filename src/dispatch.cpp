@@ -20,6 +20,7 @@ std::span<const Kernel> kernels(Backend backend) {
   constexpr Backend built_for = Backend::cpu;
   static const Kernel list[] = {
       cpu::few_tokens(),
+      cpu::panel(),
       cpu::simd(),
       cpu::reference(),
   };

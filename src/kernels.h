@@ -7,6 +7,7 @@ namespace block_sparse {
 
 namespace cpu {
 Kernel few_tokens();  // src/cpu/simd_kernel.cpp
+Kernel panel();       // src/cpu/simd_kernel.cpp
 Kernel simd();        // src/cpu/simd_kernel.cpp
 Kernel reference();   // src/reference.cpp
 }  // namespace cpu

@@ -97,20 +97,27 @@ void check_range(const char* name, const int32_t* index, int64_t count, int64_t 
         " has an entry outside [0, ", bound, ")");
 }
 
-void check_offsets(const char* name, const int32_t* offsets, int64_t rows, int64_t nnz) {
+// `most`: how many entries one row can have. Kernels size scratch memory by it.
+void check_offsets(const char* name, const int32_t* offsets, int64_t rows, int64_t nnz,
+                   int64_t most) {
   bool ascending = true;
-  for (int64_t i = 0; i < rows; ++i) ascending &= offsets[i] <= offsets[i + 1];
+  bool fit = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    ascending &= offsets[i] <= offsets[i + 1];
+    fit &= int64_t{offsets[i + 1]} - offsets[i] <= most;
+  }
   check(ascending && offsets[0] == 0 && offsets[rows] == nnz, "index: ", name,
         " must ascend from 0 to the number of blocks, ", nnz, "; it goes from ", offsets[0], " to ",
         offsets[rows], ascending ? "" : " and descends in between");
+  check(fit, "index: ", name, " gives a row more than the ", most, " blocks that it has room for");
 }
 
 }  // namespace
 
 void check_bounds(const PatternView& pattern) {
   const auto [block_rows, block_cols, nnz] = pattern.grid;
-  check_offsets("crow_indices", pattern.crow, block_rows, nnz);
-  check_offsets("the transposed crow_indices", pattern.ccol, block_cols, nnz);
+  check_offsets("crow_indices", pattern.crow, block_rows, nnz, block_cols);
+  check_offsets("the transposed crow_indices", pattern.ccol, block_cols, nnz, block_rows);
   check_range("col_indices", pattern.col, nnz, block_cols);
   check_range("the row of each block", pattern.row, nnz, block_rows);
   check_range("the transposed col_indices", pattern.trow, nnz, block_rows);
@@ -124,10 +131,12 @@ Pattern::Pattern(std::vector<int32_t> crow, std::vector<int32_t> col, int64_t bl
   packed_.insert(packed_.end(), col.begin(), col.end());
   packed_.resize(static_cast<size_t>(grid_.index_size()));
 
-  int32_t* row = packed_.data() + grid_.block_rows + 1 + grid_.nnz;
-  int32_t* ccol = row + grid_.nnz;
-  int32_t* trow = ccol + grid_.block_cols + 1;
-  int32_t* perm = trow + grid_.nnz;
+  const PatternView layout = view();
+  const auto writable = [&](const int32_t* part) { return packed_.data() + (part - layout.crow); };
+  int32_t* row = writable(layout.row);
+  int32_t* ccol = writable(layout.ccol);
+  int32_t* trow = writable(layout.trow);
+  int32_t* perm = writable(layout.perm);
 
   // A counting sort by column; stable, so block rows ascend within a column.
   for (int32_t c : col) ++ccol[c + 1];

@@ -12,6 +12,7 @@ import pytorch_block_sparse  # noqa: F401  (loads the ops)
 
 ops = torch.ops.block_sparse
 
+KERNELS = ["cpu_simd", "cpu_panel", "cpu_few_tokens"]
 LEVELS = ["avx512_bf16", "avx512", "avx2", "baseline"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BLOCKS = [(32, 32), (16, 16), (64, 64), (8, 8), (4, 4), (1, 16), (16, 1), (32, 1), (1, 32)]
@@ -99,7 +100,7 @@ def check(run_with, kernel, level, calls, label):
 @needs_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
-@pytest.mark.parametrize("kernel", ["cpu_simd", "cpu_few_tokens"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_equals_reference(run_with, threads, kernel, block, dtype, level):
     rows, cols = (3, 5) if block[0] * block[1] > 64 else (12, 20)
     for number, (tokens, ragged) in enumerate(product(TOKENS, (False, True))):
@@ -130,7 +131,7 @@ def masks():
 def test_patterns(run_with, threads, name, tokens, level):
     threads(2)
     index = ops.index_banded(8, 12, 1) if name == "banded" else ops.index_from_mask(masks()[name])
-    for kernel in ("cpu_simd", "cpu_few_tokens"):
+    for kernel in KERNELS:
         calls = products(index, tokens, 8 * 32, 12 * 32, (32, 32), torch.float32)
         check(run_with, kernel, level, calls, name)
 
@@ -157,7 +158,7 @@ def test_what_lies_outside_the_matrix_is_never_read(run_with, level):
         outside[1::2, :, 27:] = float("nan")
         for tokens in (3, 40):
             x, dy = integers(tokens, 59, dtype=dtype), integers(tokens, 60, dtype=dtype)
-            for kernel in ("cpu_simd", "cpu_few_tokens"):
+            for kernel in KERNELS:
                 results = [
                     (
                         run_with(

@@ -13,6 +13,7 @@ from pytorch_block_sparse import (
     Pattern,
     PseudoBlockSparseLinear,
 )
+from pytorch_block_sparse.optim import update_pattern_
 from zoo import DTYPES, PATTERN_KINDS, dtype_id, normal, pattern_of, small_integers
 
 SHAPE, RAGGED, BLOCK = (12, 20), (11, 18), (4, 5)  # 3 x 4 blocks
@@ -143,6 +144,51 @@ def test_bsr_shares_memory_both_ways():
         assert back[0] == mine[0] == theirs[0]
 
 
+@pytest.mark.parametrize("name", ["crow_indices", "col_indices"])
+def test_products_refuse_indices_that_were_written(name):
+    matrix = matrix_of(shape=SHAPE)
+    bsr = BlockSparseMatrix.from_bsr(matrix.to_bsr()).to_bsr()
+    matrix = BlockSparseMatrix.from_bsr(bsr)
+    x, left = normal(20, 2, dtype=torch.float64), normal(2, 12, dtype=torch.float64)
+    before = matrix @ x
+    getattr(bsr, name)().add_(0)
+    for product in (
+        lambda: matrix @ x,
+        lambda: left @ matrix,
+        lambda: matrix.t() @ left.t(),
+        lambda: copy.copy(matrix) @ x,
+    ):
+        with pytest.raises(RuntimeError, match=r"^pattern: .*written in place.*Pattern\.from_bsr"):
+            product()
+    assert torch.equal(BlockSparseMatrix.from_bsr(bsr) @ x, before)
+
+
+def test_products_after_a_pattern_was_changed_with_its_index():
+    layer = BlockSparseLinear(20, 12, density=0.5, block_shape=BLOCK)
+    weight, other = layer.weight, BlockSparseLinear(20, 12, density=0.5, block_shape=BLOCK)
+    layer.load_state_dict(other.state_dict())  # in place: `weight` sees it
+    x = normal(20, 2)
+    with torch.no_grad():
+        assert torch.equal(weight @ x, other.weight @ x)
+        absent = (~weight.block_mask()).nonzero()[:1]
+        update_pattern_(weight, weight.block_mask().nonzero()[:1], absent)
+        torch.testing.assert_close(weight @ x, weight.to_dense() @ x)
+
+
+def test_products_in_inference_mode():
+    with torch.inference_mode():
+        matrix, x = matrix_of(), normal(18, 2, dtype=torch.float64)
+        matrix.pattern.col_indices.add_(0)  # torch does not count the writes here
+        torch.testing.assert_close(matrix @ x, matrix.to_dense() @ x)
+    torch.testing.assert_close(matrix @ x, matrix.to_dense() @ x)
+
+
+def test_a_product_compiles():
+    matrix, left = matrix_of(), normal(2, 11, dtype=torch.float64)
+    compiled = torch.compile(lambda x: x @ matrix, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(left), left @ matrix)
+
+
 def test_to_bsr_of_a_ragged_matrix():
     matrix = matrix_of("full")
     with pytest.raises(ValueError, match=r"padded: \(11, 18\).*size rounded up, \(12, 20\)"):
@@ -201,6 +247,13 @@ def test_block_norm(p):
     assert matrix_of("no_block").block_norm(p).shape == (0,)
 
 
+def test_block_norm_counts_the_inside_only():
+    matrix = BlockSparseMatrix(torch.ones(12, *BLOCK), Pattern.full(RAGGED, BLOCK))
+    wanted = torch.tensor([[20, 20, 20, 12]] * 2 + [[15, 15, 15, 9]])
+    assert torch.equal(matrix.block_norm(1), wanted.flatten().float())
+    assert matrix.values.eq(1).all()
+
+
 def test_block_mask_and_the_rest():
     matrix = matrix_of()
     assert torch.equal(matrix.block_mask(), matrix.pattern.mask())
@@ -238,7 +291,7 @@ def test_gradients():
     assert gradcheck(lambda v, x: of(v).t() @ x, (values, left.detach().t()))
     assert gradcheck(lambda d: BlockSparseMatrix.from_dense(d, pattern=pattern).values, (dense,))
     assert gradcheck(lambda d: BlockSparseMatrix.from_dense(d, (2, 3), 3).values, (dense,))
-    assert gradcheck(lambda v: of(v).block_norm(2), (values,))
+    assert gradcheck(lambda v: of(v).block_norm(2), (values,))  # (5, 8) in (2, 3) is ragged
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pytorch_block_sparse import BlockSparseLinear, Pattern
+from pytorch_block_sparse import BlockSparseLinear, Pattern, _resized
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,6 +95,18 @@ def test_checkpoint_of_a_ragged_layer_is_zero_outside():
     assert (state["values"][4::5, :, 8:] == 0).all()
 
 
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("nnz", [15, 6], ids=["same_number", "more"])
+def test_numbers_outside_a_ragged_layer_are_not_loaded(nnz, assign):
+    state = layer_with(15).state_dict()
+    state["values"].fill_(1)
+    target = layer_with(nnz, seed=1)
+    target.load_state_dict(state, assign=assign)
+    assert target.values.sum() == OUT * IN
+    assert torch.equal(target.to_dense().weight, torch.ones(OUT, IN))
+    assert state["values"].eq(1).all()  # the checkpoint is not ours to change
+
+
 LOADS = {"same_number": 6, "fewer": 4, "more": 9, "all": 15, "one": 1}
 
 
@@ -126,6 +138,16 @@ def test_another_number_of_blocks_keeps_the_parameter(nnz):
     assert values.grad is None
     target(torch.randn(3, IN)).sum().backward()
     assert values.grad.shape == (nnz, 16, 16)
+
+
+def test_gradients_survive_a_load_only_with_their_pattern():
+    layer = layer_with(6)
+    layer(torch.randn(3, IN)).sum().backward()
+    gradient = layer.values.grad
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())
+    assert layer.values.grad is gradient
+    layer.load_state_dict(layer_with(6, seed=1).state_dict())  # as many blocks, others
+    assert layer.values.grad is None and layer.bias.grad is not None
 
 
 @pytest.mark.parametrize("nnz", [6, 9], ids=["same_number", "more"])
@@ -548,6 +570,30 @@ def test_accelerate_load_checkpoint_and_dispatch(tmp_path):
         assert_same_layer(target.get_submodule(name), source.get_submodule(name))
 
 
+def test_a_cast_of_an_offloaded_pattern_says_who_holds_it():
+    accelerate = pytest.importorskip("accelerate")
+    source = layer_with(6)
+    target = accelerate.cpu_offload(
+        nn.Sequential(copy.deepcopy(source)), torch.device("cpu"), offload_buffers=True
+    )
+    target(torch.randn(3, IN))
+    assert target[0].crow_indices.is_meta
+    with pytest.raises(RuntimeError, match=r"^crow_indices.*meta device.*offload_buffers=True"):
+        target.double()
+    accelerate.hooks.remove_hook_from_submodules(target)  # as the message says
+    target.double()
+    assert_same_layer(target[0], source.double())
+
+
+@pytest.mark.parametrize("name", ["crow_indices", "col_indices"])
+def test_a_cast_of_indices_that_someone_put_on_meta_says_what_is_wrong(name):
+    layer = layer_with(6)
+    setattr(layer, name, getattr(layer, name).to("meta"))
+    with pytest.raises(RuntimeError, match=r"^crow_indices, col_indices: are on the meta device"):
+        layer.half()
+    assert layer.values.dtype == torch.float32
+
+
 def test_transformers_from_pretrained(tmp_path):
     transformers = pytest.importorskip("transformers")
 
@@ -688,6 +734,20 @@ def test_an_optimizer_with_moments_of_the_old_shape_refuses_to_step(kind, nnz):
     first = train(layer, optimizer)
     assert train(layer, optimizer, steps=3) != first
     assert (layer.values != before["values"]).flatten(1).any(dim=1).all()
+
+
+def test_a_layer_whose_moments_fit_is_looked_at_no_more():
+    layer = layer_with(6)
+    optimizer = OPTIMIZERS["adamw"](layer.parameters())
+    layer.load_state_dict(layer_with(9, seed=1).state_dict())
+    assert layer in _resized._resized
+    train(layer, optimizer)  # the state is made in this step
+    assert layer in _resized._resized
+    train(layer, optimizer)
+    assert layer not in _resized._resized
+    layer.load_state_dict(layer_with(6).state_dict())
+    with pytest.raises(RuntimeError, match="holds exp_avg"):
+        train(layer, optimizer)
 
 
 def test_factored_moments_of_the_new_shape_are_no_error():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._resized import refuse_old_state
+from .matrix import zero_outside
 from .pattern import Pattern
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +77,13 @@ class PatternModule(nn.Module):
 
     def _pattern_to_keep(self) -> Pattern:
         if self.crow_indices.is_meta or self.col_indices.is_meta:
-            assert self._host_pattern is not None
+            if self._host_pattern is None:
+                raise RuntimeError(
+                    "crow_indices, col_indices: are on the meta device, and the pattern is not "
+                    "known here; a hook that offloads buffers (accelerate.cpu_offload with "
+                    "offload_buffers=True) holds it: move or cast the model before, or remove the "
+                    "hook first (accelerate.hooks.remove_hook_from_submodules)"
+                )
             return self._host_pattern
         if self._index.is_meta:  # accelerate has placed the tensors of a checkpoint one by one
             return self._pattern_from_bsr(self.crow_indices, self.col_indices)
@@ -114,6 +121,12 @@ class PatternModule(nn.Module):
                 return
             if pattern.nnz != self.block_count:
                 self._resize(pattern)
+            elif self._index.is_meta or not pattern.equal(self.pattern):
+                self.values.grad = None  # it is that of other blocks
+            values = state_dict[keys[0]].detach()
+            inside = zero_outside(values, pattern.to(values.device))
+            if not torch.equal(inside, values):  # else `assign` takes the tensor as it is
+                state_dict = {**state_dict, keys[0]: inside}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

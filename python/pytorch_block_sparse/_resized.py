@@ -24,7 +24,7 @@ def refuse_old_state(module: nn.Module) -> None:
 
 
 def _check_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for module in _resized:
+    for module in list(_resized):
         values = cast(Tensor, module.values)
         if values not in optimizer.state:
             continue
@@ -36,3 +36,4 @@ def _check_state(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
                     "blocks; load the optimizer's state too, or drop it: "
                     "optimizer.state.pop(layer.values)"
                 )
+        _resized.discard(module)  # its state fits, and will

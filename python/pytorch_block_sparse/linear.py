@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._module import DTYPES, PatternModule, own
-from .matrix import BlockSparseMatrix, largest_blocks
+from .matrix import BlockSparseMatrix, largest_blocks, zero_outside_
 from .pattern import Pattern, check_block_shape, check_density, grid_shape
 
 
@@ -39,8 +39,9 @@ class BlockSparseLinear(PatternModule):
     in the block row, so that each output has the variance that it has in a dense ``nn.Linear``.
 
     ``load_state_dict`` adopts the pattern of the checkpoint, also one with another number of blocks
-    (same ``values`` object, its gradient cleared). An optimizer that already holds moments of the
-    old shape then refuses to step: load its state too, or ``optimizer.state.pop(layer.values)``.
+    (same ``values`` object). If the pattern is another one, the gradient of ``values`` is cleared,
+    and the moments that an optimizer already holds are those of other blocks: load its state too,
+    or ``optimizer.state.pop(layer.values)``. With moments of an old shape it refuses to step.
 
     Example:
         >>> import torch
@@ -190,7 +191,7 @@ class BlockSparseLinear(PatternModule):
             bound = self._present_inputs().clamp(min=1).rsqrt().to(self.values.dtype)
             rows = self.pattern.row_indices.long()
             self.values.uniform_(-1, 1).mul_(bound[rows, None, None])
-            self._zero_outside()
+            zero_outside_(self.values, self.pattern)
             if self.bias is not None:
                 bound_of_bias = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
                 self.bias.uniform_(-bound_of_bias, bound_of_bias)
@@ -206,14 +207,6 @@ class BlockSparseLinear(PatternModule):
             widths[-1] -= cols * block_in - self.in_features
         counts = torch.zeros_like(self.crow_indices[1:], dtype=torch.float64)
         return counts.index_add_(0, self.pattern.row_indices, widths[self.col_indices.long()])
-
-    def _zero_outside(self) -> None:
-        """Zeroes the part of edge blocks that lies outside the matrix."""
-        rows, cols = grid_shape((self.out_features, self.in_features), self.block_shape)
-        inside_out = self.out_features - (rows - 1) * self.block_shape[0]
-        inside_in = self.in_features - (cols - 1) * self.block_shape[1]
-        self.values[self.pattern.row_indices == rows - 1, inside_out:] = 0
-        self.values[self.col_indices == cols - 1, :, inside_in:] = 0
 
     # --- what it is -------------------------------------------------------------------------------
 

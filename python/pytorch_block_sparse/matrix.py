@@ -146,7 +146,9 @@ class BlockSparseMatrix:
     def from_bsr(cls, bsr: Tensor) -> "BlockSparseMatrix":
         """The matrix of a ``torch.sparse_bsr`` tensor, sharing its memory.
 
-        (int64 indices are converted to int32, which copies them.)
+        (int64 indices are converted to int32, which copies them.) Values may be written through
+        either; indices are read-only: after a write into those of `bsr` products raise RuntimeError
+        until the matrix is made again.
         """
         if not isinstance(bsr, Tensor):
             raise TypeError(f"bsr: must be a sparse_bsr tensor, got {type(bsr).__name__}")
@@ -165,6 +167,10 @@ class BlockSparseMatrix:
 
     def to_bsr(self, *, padded: bool = False) -> Tensor:
         """This matrix as a ``torch.sparse_bsr`` tensor, sharing its memory.
+
+        Values may be written through either. Indices are read-only: the products read another
+        tensor, made from them, and torch does not tell this matrix of a write into those of the
+        result. To change the pattern make a matrix of the result, with :meth:`from_bsr`.
 
         Args:
             padded: where the size is no multiple of the block, BSR cannot express it: with
@@ -207,7 +213,7 @@ class BlockSparseMatrix:
                 f"got {list(other.shape)}"
             )
         tokens = other if other.dim() == 1 else other.t()
-        result = ops.linear(tokens, self.values, self.pattern.index, None, self.shape[0])
+        result = ops.linear(tokens, self.values, self.pattern.index_in_step(), None, self.shape[0])
         return result if other.dim() == 1 else result.t()
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
@@ -219,7 +225,7 @@ class BlockSparseMatrix:
                 f"other: must have {self.shape[0]} columns, as the matrix has rows; "
                 f"got {list(other.shape)}"
             )
-        return ops.left_linear(other, self.values, self.pattern.index, self.shape[1])
+        return ops.left_linear(other, self.values, self.pattern.index_in_step(), self.shape[1])
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -236,8 +242,9 @@ class BlockSparseMatrix:
         return BlockSparseMatrix(values, self.pattern.t())
 
     def block_norm(self, p: float = 2) -> Tensor:
-        """``[nnz]``: the p-norm of each block, the block taken as a vector."""
-        return torch.linalg.vector_norm(self.values, ord=p, dim=(1, 2))
+        """``[nnz]``: the p-norm of each block as a vector; what lies outside does not count."""
+        inside = zero_outside(self.values, self.pattern)
+        return torch.linalg.vector_norm(inside, ord=p, dim=(1, 2))
 
     def block_mask(self) -> Tensor:
         """bool ``[block_rows, block_cols]``: True where the block is present."""
@@ -271,6 +278,25 @@ class BlockSparseMatrix:
             f"nnz={self.pattern.nnz}, density={self.pattern.density:.3g}, dtype={self.dtype}, "
             f"device={str(self.device)!r})"
         )
+
+
+def zero_outside(values: Tensor, pattern: Pattern) -> Tensor:
+    """`values` with zeros where edge blocks reach outside the matrix; itself if none does."""
+    sizes = zip(pattern.shape, pattern.block_shape, strict=True)
+    aligned = all(size % block == 0 for size, block in sizes)
+    return values if aligned else zero_outside_(values.clone(), pattern)
+
+
+def zero_outside_(values: Tensor, pattern: Pattern) -> Tensor:
+    """Zeroes `values` in place where edge blocks reach outside the matrix."""
+    (rows, cols), (block_out, block_in) = pattern.grid, pattern.block_shape
+    inside_out = pattern.shape[0] - (rows - 1) * block_out
+    inside_in = pattern.shape[1] - (cols - 1) * block_in
+    if inside_out < block_out:
+        values[pattern.row_indices == rows - 1, inside_out:] = 0
+    if inside_in < block_in:
+        values[pattern.col_indices == cols - 1, :, inside_in:] = 0
+    return values
 
 
 def _check_count(name: str, count: int, cells: int) -> None:

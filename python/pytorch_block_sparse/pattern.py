@@ -1,5 +1,7 @@
 """Pattern: which blocks of a weight are present. Knows positions, never values."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,31 @@ class Pattern:
         self.index = index
         self.shape = shape
         self.block_shape = block_shape
+        self._versions = self._count_writes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's tensors count their writes anew."""
+        self.__dict__.update(state)
+        self._versions = self._count_writes()
+
+    def _count_writes(self) -> tuple[int, int, int] | None:
+        """How often each tensor was written in place; None where torch does not count."""
+        tensors = (self.crow_indices, self.col_indices, self.index)
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            return None
+        crow, col, index = (t._version for t in tensors)
+        return crow, col, index
+
+    def index_in_step(self) -> Tensor:
+        """:attr:`index`, or RuntimeError if the BSR indices were written without it."""
+        was, now = self._versions, self._count_writes()
+        if was and now and was[:2] != now[:2] and was[2] == now[2]:
+            raise RuntimeError(
+                "pattern: crow_indices or col_indices were written in place, but index is made "
+                "from what they were; make the pattern again: Pattern.from_bsr(crow_indices, "
+                "col_indices, shape, block_shape)"
+            )
+        return self.index
 
     @classmethod
     def _from_index(
@@ -165,7 +192,8 @@ class Pattern:
         """The pattern of BSR indices, as ``torch.sparse_bsr_tensor`` has them.
 
         int32 indices are kept, sharing memory; int64 ones are converted. Both are validated in
-        full, on the host.
+        full, on the host. Do not write into them afterwards: the products read :attr:`index`,
+        which is made from them here, once.
         """
         shape, block_shape = check_shape(shape), check_block_shape(block_shape)
         rows, cols = grid_shape(shape, block_shape)
@@ -292,9 +320,10 @@ class Pattern:
     def t(self) -> "Pattern":
         """The pattern of the transposed weight. Its blocks are ordered as :attr:`permutation`."""
         rows, cols = self.grid
+        index = self.index_in_step()
         start = rows + 1 + 2 * self.nnz
-        ccol = self.index[start : start + cols + 1]
-        trow = self.index[start + cols + 1 : start + cols + 1 + self.nnz]
+        ccol = index[start : start + cols + 1]
+        trow = index[start + cols + 1 : start + cols + 1 + self.nnz]
         return Pattern.from_bsr(
             ccol.clone(), trow.clone(), (self.shape[1], self.shape[0]), self.block_shape[::-1]
         )

@@ -5,6 +5,7 @@
 #include "cpu/level.h"
 
 #include "cpu/few.h"
+#include "cpu/panel.h"
 #include "cpu/sddmm.h"
 #include "cpu/spmm.h"
 
@@ -70,6 +71,17 @@ auto with_routine(const ProductDesc& desc, const F& f) {
 }
 
 template <class F>
+auto with_panel(const ProductDesc& desc, const F& f) {
+  return with_math(desc, [&](auto math) {
+    using Math = decltype(math);
+    if (desc.product == Product::forward) {
+      return f(std::type_identity<Panel<Math, Product::forward>>());
+    }
+    return f(std::type_identity<Panel<Math, Product::grad_input>>());
+  });
+}
+
+template <class F>
 auto with_few(const ProductDesc& desc, const F& f) {
   if (desc.product == Product::forward) {
     return with_math(desc, [&](auto math) {
@@ -91,6 +103,15 @@ constexpr Routine any{
                    [&](auto routine) { decltype(routine)::type::run(desc, args, execution); });
     }};
 
+constexpr Routine panel{
+    [](const ProductDesc& desc, const Execution& execution) {
+      return with_panel(
+          desc, [&](auto routine) { return decltype(routine)::type::workspace(desc, execution); });
+    },
+    [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+      with_panel(desc, [&](auto routine) { decltype(routine)::type::run(desc, args, execution); });
+    }};
+
 constexpr Routine few_tokens{
     [](const ProductDesc&, const Execution&) { return int64_t{0}; },
     [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
@@ -100,6 +121,7 @@ constexpr Routine few_tokens{
 }  // namespace
 
 extern const Level level;
-const Level level{BLOCK_SPARSE_STRING(BLOCK_SPARSE_LEVEL), supported, any, few_tokens};
+const Level level{
+    BLOCK_SPARSE_STRING(BLOCK_SPARSE_LEVEL), kVectorBytes, supported, any, panel, few_tokens};
 
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

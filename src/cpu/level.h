@@ -16,8 +16,10 @@ struct Routine {
 
 struct Level {
   std::string_view name;
+  int vector_bytes;
   bool (*supported)();  // by this machine
   Routine any;          // every product
+  Routine panel;        // forward and grad_input, outputs in whole vectors
   Routine few_tokens;   // forward, and grad_input in f32 and f64
 };
 

@@ -12,6 +12,7 @@
 #endif
 
 #define BLOCK_SPARSE_INLINE __attribute__((always_inline)) inline
+#define BLOCK_SPARSE_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 

@@ -77,6 +77,29 @@ Kernel simd() {
           }};
 }
 
+Kernel panel() {
+  return {"cpu_panel",
+          [](const ProductDesc& desc) -> Refusal {
+            constexpr int64_t kMinTokens = 16;
+            if (desc.product == Product::grad_weight) return "computes no grad_weight";
+            if (desc.tokens < kMinTokens) {
+              return concat("is for at least ", kMinTokens, " tokens, not ", desc.tokens);
+            }
+            const bool forward = desc.product == Product::forward;
+            const int64_t outputs = forward ? desc.block.out : desc.block.in;
+            const int64_t lanes = level().vector_bytes / (desc.dtype == Dtype::f64 ? 8 : 4);
+            if (outputs % lanes == 0) return std::nullopt;
+            return concat("takes blocks of a multiple of ", lanes, forward ? " outputs" : " inputs",
+                          ", not ", outputs);
+          },
+          [](const ProductDesc& desc, const Execution& execution) {
+            return level().panel.workspace(desc, execution);
+          },
+          [](const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+            level().panel.run(desc, args, execution);
+          }};
+}
+
 Kernel few_tokens() {
   return {"cpu_few_tokens",
           [](const ProductDesc& desc) -> Refusal {

@@ -29,4 +29,12 @@ inline Range even_part(int64_t count, int64_t unit, int64_t index, int64_t parts
           std::min(count, units * (index + 1) / parts * unit)};
 }
 
+// Of `count` parts, how many divide the tokens; the others divide the outputs. Tokens are all
+// alike, so splitting them balances any pattern; only few tokens do not suffice.
+inline int64_t parts_by_tokens(int64_t count, int64_t tokens, int64_t tokens_per_part) {
+  int64_t parts = count;
+  while (parts > 1 && (count % parts != 0 || tokens < parts * tokens_per_part)) --parts;
+  return parts;
+}
+
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

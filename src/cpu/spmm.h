@@ -29,8 +29,6 @@ class Spmm {
   static constexpr int64_t kCachedBytes = 8 << 20;
   static constexpr int64_t kSmallChunkBytes = 512 << 10;
   static constexpr int64_t kLargeChunkBytes = 10 << 20;
-  // Outputs from this size on are not kept in the caches.
-  static constexpr int64_t kStreamBytes = 256 << 10;
 
  public:
   static int64_t workspace(const ProductDesc& desc, const Execution& execution) {
@@ -39,12 +37,7 @@ class Spmm {
 
   static void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
     const int64_t count = useful_threads(desc, execution);
-    // Tokens are all alike, so splitting them balances any pattern; only few tokens do not suffice.
-    int64_t token_parts = count;
-    while (token_parts > 1 &&
-           (count % token_parts != 0 || desc.tokens < token_parts * (kStripTokens * 2 / 3))) {
-      --token_parts;
-    }
+    const int64_t token_parts = parts_by_tokens(count, desc.tokens, kStripTokens * 2 / 3);
     parallel_for(execution, count, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const Spmm spmm(desc, args, static_cast<char*>(args.workspace) + part * part_bytes(desc));
@@ -60,7 +53,7 @@ class Spmm {
         x_(kProduct == Product::forward ? args.x : args.dy),
         bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
         y_(args.output),
-        stream_(streams(desc, args.output)),
+        stream_(streams<Math>(args.output, desc.tokens)),
         last_entry_(desc.nnz - 1),
         group_(std::max<int64_t>(1, kGroupDepth / walk_.depth_block)),
         chunk_tokens_(chunk_strips(desc) * kStripTokens),
@@ -84,13 +77,6 @@ class Spmm {
     const int64_t elements =
         chunk_strips(desc) * strip_elements(desc) + Weights::prepared_elements(desc, kPanelOutputs);
     return (elements * int64_t{sizeof(Packed)} + 63) / 64 * 64;
-  }
-
-  static bool streams(const ProductDesc& desc, MutableDenseView y) {
-    constexpr int64_t kLine = kLanes<Sum> * int64_t{sizeof(Storage)};
-    const int64_t row_bytes = y.row_stride * int64_t{sizeof(Storage)};
-    return kLine == 64 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(y.data) % 64 == 0 &&
-           desc.tokens * row_bytes >= kStreamBytes;
   }
 
   // Outputs in whole panels, so that the parts have about the same number of blocks.

@@ -3,6 +3,7 @@
 // a transpose, and so is writing one back. Not for few tokens: lanes beyond the last are wasted.
 #pragma once
 
+#include "block_sparse/matrix.h"
 #include "cpu/math.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
@@ -51,6 +52,16 @@ void pack_strip(const typename Math::Storage* from, int64_t stride, int64_t toke
       }
     }
   }
+}
+
+// Whether an output is written past the caches: it is too large to stay there.
+template <class Math>
+bool streams(MutableDenseView y, int64_t tokens) {
+  constexpr int64_t kStreamBytes = 256 << 10;
+  constexpr int64_t kElement = sizeof(typename Math::Storage);
+  const int64_t row_bytes = y.row_stride * kElement;
+  return kLanes<typename Math::Sum> * kElement == 64 && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(y.data) % 64 == 0 && tokens * row_bytes >= kStreamBytes;
 }
 
 // Sums [outputs][width] -> [tokens][outputs], with the bias if there is one.

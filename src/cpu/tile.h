@@ -26,16 +26,31 @@ struct Scalars {
   }
 };
 
+// The same, rows a constant apart: they need no register each.
+template <class Packed, int kStride>
+struct Column {
+  const Packed* data;
+  const Packed* ahead;  // what will be read after a while: one row of it is fetched per step
+
+  BLOCK_SPARSE_INLINE Packed operator()(int row, int64_t step) const {
+    if (row == 0) __builtin_prefetch(ahead + step * kStride);
+    return data[row * kStride + step];
+  }
+};
+
 // Where the vectors of the other are: side by side, or (Gathered) each somewhere else.
-template <class Packed>
+template <class Packed, int kFetched = 1>
 struct Vectors {
   const Packed* data;
   int64_t stride;       // from step to step
-  const Packed* ahead;  // what will be read after a while: one line of it is fetched per step
+  const Packed* ahead;  // what will be read after a while: kFetched vectors of it per step
   int64_t ahead_stride = kLanes<Packed>;
 
   BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
-    if (v == 0) __builtin_prefetch(ahead + step * ahead_stride);
+    // A line is fetched once.
+    if (v < kFetched && v * kVectorBytes % 64 == 0) {
+      __builtin_prefetch(ahead + step * ahead_stride + v * kLanes<Packed>);
+    }
     return load(data + step * stride + v * kLanes<Packed>);
   }
 };
@@ -83,6 +98,14 @@ struct Tile {
   }
 
   BLOCK_SPARSE_INLINE void store(Sum* to, int64_t stride) const {
+    for_each([&](int row, int v, Vec<Sum> sum) BLOCK_SPARSE_INLINE_LAMBDA {
+      BLOCK_SPARSE_LEVEL::store(to + row * stride + v * kLanes<Sum>, sum);
+    });
+  }
+
+  // f(row, vector, sum)
+  template <class F>
+  BLOCK_SPARSE_INLINE void for_each(const F& f) const {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -90,7 +113,7 @@ struct Tile {
         Vec<Sum> sum = sums[0][row][v];
 #pragma GCC unroll 4
         for (int set = 1; set < kSets; ++set) sum += sums[set][row][v];
-        BLOCK_SPARSE_LEVEL::store(to + row * stride + v * kLanes<Sum>, sum);
+        f(row, v, sum);
       }
     }
   }

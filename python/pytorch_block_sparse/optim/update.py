@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import BlockSparseLinear
-from ..matrix import BlockSparseMatrix
+from ..matrix import BlockSparseMatrix, zero_outside_
 from ..pattern import Pattern
 
 Blocks = Tensor | list[tuple[int, int]]
@@ -204,17 +204,6 @@ def indices_of(ids: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tens
     crow = torch.searchsorted(ids, starts).to(torch.int32)
     col = (ids % max(cols, 1)).to(torch.int32)
     return crow, col, torch.ops.block_sparse.index_from_bsr(crow, col, cols)
-
-
-def zero_outside_(values: Tensor, pattern: Pattern) -> None:
-    """Zeroes the part of edge blocks that lies outside the matrix."""
-    (rows, cols), (block_out, block_in) = pattern.grid, pattern.block_shape
-    inside_out = pattern.shape[0] - (rows - 1) * block_out
-    inside_in = pattern.shape[1] - (cols - 1) * block_in
-    if inside_out < block_out:
-        values[pattern.row_indices == rows - 1, inside_out:] = 0
-    if inside_in < block_in:
-        values[pattern.col_indices == cols - 1, :, inside_in:] = 0
 
 
 # --- what the optimizer keeps ---------------------------------------------------------------------
