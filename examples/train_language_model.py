@@ -51,12 +51,12 @@ def build_model(args: argparse.Namespace, seed: int, density: float | None) -> R
         hidden_size=args.hidden,
         intermediate_size=4 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 64),
+        num_attention_heads=args.hidden // 32,
         max_position_embeddings=args.length + 2,  # RoBERTa counts positions from 2
         type_vocab_size=1,
         hidden_dropout_prob=0.0,  # a short training on much text does not overfit
         attention_probs_dropout_prob=0.0,
-        initializer_range=args.hidden**-0.5,
+        initializer_range=0.1,
     )
     model = RobertaForMaskedLM(config)
     start_from_waves(model.roberta.embeddings.position_embeddings.weight)
@@ -76,7 +76,7 @@ def start_from_waves(positions: torch.Tensor) -> None:
     count, width = positions.shape
     frequencies = torch.logspace(0, -math.log10(4 * count), width // 2)
     angles = torch.arange(count)[:, None] * frequencies
-    positions.copy_(torch.cat((angles.sin(), angles.cos()), dim=1) * width**-0.5)
+    positions.copy_(torch.cat((angles.sin(), angles.cos()), dim=1) * 0.1)
 
 
 @torch.no_grad()
@@ -146,12 +146,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to")
     parser.add_argument("--density", type=float, default=0.25, help="share of blocks present")
-    parser.add_argument("--hidden", type=int, default=512, help="hidden size")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size")
     parser.add_argument("--layers", type=int, default=2, help="encoder layers")
     parser.add_argument("--vocab-size", type=int, default=512, help="size of the vocabulary")
     parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences of a step")
-    parser.add_argument("--steps", type=int, default=400, help="training steps")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its highest value")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--quick", action="store_true", help="a toy model and few steps")
