@@ -52,8 +52,7 @@ BLOCK_SPARSE_INLINE void store(T* to, Vec<T> vector) {
 }
 
 // Past the caches, for what is written once and is too large to stay: it saves reading the line
-// first. Where a
-// vector is a cache line; elsewhere an ordinary store. Aligned.
+// first. Aligned. Where a vector is no whole cache line, an ordinary store.
 template <class T>
 BLOCK_SPARSE_INLINE void stream(T* to, Vec<T> vector) {
 #if defined(__AVX512F__)

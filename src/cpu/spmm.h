@@ -71,7 +71,8 @@ class Spmm {
     const int64_t blocks = desc.nnz * desc.block.out * desc.block.in * int64_t{sizeof(Storage)};
     const int64_t chunk =
         Weights::kDirect && blocks <= kCachedBytes ? kSmallChunkBytes : kLargeChunkBytes;
-    return std::clamp<int64_t>(chunk / std::max<int64_t>(1, bytes), 1, strips);
+    return std::clamp<int64_t>(chunk / std::max<int64_t>(1, bytes), 1,
+                               std::max<int64_t>(1, strips));
   }
   static int64_t part_bytes(const ProductDesc& desc) {
     const int64_t elements =
