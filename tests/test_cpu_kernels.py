@@ -17,7 +17,7 @@ LEVELS = ["avx512_bf16", "avx512", "avx2", "baseline"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BLOCKS = [(32, 32), (16, 16), (64, 64), (8, 8), (4, 4), (1, 16), (16, 1), (32, 1), (1, 32)]
 BLOCKS += [(48, 80), (128, 128), (24, 40), (5, 7), (1, 1), (2, 6)]
-TOKENS = [0, 1, 2, 3, 7, 8, 12, 13, 31, 32, 33, 64, 100]
+TOKENS = [0, 1, 2, 3, 7, 8, 12, 13, 31, 32, 33, 64, 100, 130]
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_many_tokens_are_added_up_in_chunks(run_with, level, dtype):
 
 
 @needs_level
-@pytest.mark.parametrize("tokens,nnz", [(300, 40), (20, 1024)])
+@pytest.mark.parametrize("tokens,nnz", [(300, 40), (130, 1024)])
 def test_x_or_blocks_larger_than_a_cache(run_with, threads, level, tokens, nnz):
     """cpu_panel takes x in chunks, and fetches large blocks ahead."""
     index = ops.index_random(32, 32, nnz, 0, False)
@@ -166,7 +166,7 @@ def test_what_lies_outside_the_matrix_is_never_read(run_with, level):
         outside = values.clone()
         outside[2:, 28:] = float("nan")
         outside[1::2, :, 27:] = float("nan")
-        for tokens in (3, 40):
+        for tokens in (3, 40, 130):
             x, dy = integers(tokens, 59, dtype=dtype), integers(tokens, 60, dtype=dtype)
             for kernel in KERNELS:
                 results = [

@@ -80,7 +80,8 @@ Kernel simd() {
 Kernel panel() {
   return {"cpu_panel",
           [](const ProductDesc& desc) -> Refusal {
-            constexpr int64_t kMinTokens = 16;
+            // In forward the blocks are transposed first: that takes many tokens to pay.
+            const int64_t kMinTokens = desc.product == Product::forward ? 128 : 32;
             if (desc.product == Product::grad_weight) return "computes no grad_weight";
             if (desc.tokens < kMinTokens) {
               return concat("is for at least ", kMinTokens, " tokens, not ", desc.tokens);
