@@ -72,7 +72,7 @@ def test_set_num_threads_1_starts_no_threads():
     code = """
 import os, sys, torch
 import pytorch_block_sparse
-from zoo import normal
+from zoo import normal, pattern_of
 torch.set_num_threads(1)
 pattern = pattern_of("full", (512, 512), (32, 32))
 values, x = normal(pattern.nnz, 32, 32), normal(256, 512)
