@@ -85,7 +85,7 @@ TEST(MemoryTest, AnIndexThatPassesTheCheckLeadsNowhere) {
         const ProductDesc desc{product, dtype, Epilogue::none, tokens, 66, 70, {16, 16}, 0};
         Problem problem = make_problem(desc, Pattern::random(5, 5, 12, 1), [] { return 1.0; });
         const auto packed = problem.pattern.packed();
-        for (int round = 0; round < 300; ++round) {
+        for (int round = 0; round < 600; ++round) {
           std::vector<int32_t> index(packed.begin(), packed.end());
           for (int change = 0; change <= round % 6; ++change) {
             index[generator() % index.size()] = static_cast<int32_t>(generator() % 14);
