@@ -32,7 +32,7 @@ GUIDE = blocks_of("docs/pattern-optimisation.md")
 
 
 def test_every_block_is_run_below():
-    assert len(README) == 3
+    assert len(README) == 4
     assert len(GUIDE) == 4  # the third one shows a result
 
 
@@ -65,6 +65,14 @@ def test_bring_your_own_pattern(capsys):
     layer = run(README[2], "README.md")["layer"]
     assert layer.pattern.equal(run(README[2], "README.md")["pattern"])
     assert "forward f32 tokens=512" in capsys.readouterr().out
+
+
+def test_a_pattern_that_learns():
+    model, patcher = patched_model()
+    patcher.patch_model(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = run(README[3], "README.md", model=model, optimizer=optimizer)["sparsifier"]
+    assert sparsifier.steps == 1
 
 
 # --- docs/pattern-optimisation.md -----------------------------------------------------------------

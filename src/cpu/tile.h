@@ -71,13 +71,8 @@ struct Tile {
   using Sum = typename Math::Sum;
   using Packed = typename Math::Packed;
   static constexpr int kWidth = kVectors * kLanes<Sum>;
-  // Few sums cannot hide the latency of an addition: they are kept in several sets. How many does
-  // not depend on the vectors, so that a sum is the same wherever its tile ends, and with it on any
-  // number of threads.
-  static constexpr int kMostSums = kTileRows * kTileVectors;
-  static constexpr int kSets = 4 * kRows * kTileVectors <= kMostSums   ? 4
-                               : 2 * kRows * kTileVectors <= kMostSums ? 2
-                                                                       : 1;
+  // Few sums cannot hide the latency of an addition: they are kept in several sets.
+  static constexpr int kSets = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
 
   Vec<Sum> sums[kSets][kRows][kVectors] = {};
 
