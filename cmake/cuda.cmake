@@ -18,6 +18,7 @@ endif()
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 enable_language(CUDA)
+include(cmake/cutlass.cmake)
 
 add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
@@ -30,4 +31,4 @@ set_target_properties(block_sparse_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDAR
 target_compile_options(block_sparse_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
     $<$<BOOL:${BLOCK_SPARSE_WERROR}>:-Xcompiler=-Werror --Werror=all-warnings>>)
-target_link_libraries(block_sparse_cuda PUBLIC block_sparse_flags)
+target_link_libraries(block_sparse_cuda PUBLIC block_sparse_flags PRIVATE block_sparse_cutlass)
