@@ -13,6 +13,9 @@ Kernel reference();   // src/reference.cpp
 }  // namespace cpu
 
 namespace cuda {
+namespace sm90 {
+Kernel panel();  // src/cuda/sm90/panel.cu
+}  // namespace sm90
 Kernel reference();  // src/cuda/reference.cu
 }  // namespace cuda
 
