@@ -13,6 +13,9 @@ Kernel reference();   // src/reference.cpp
 }  // namespace cpu
 
 namespace cuda {
+namespace sm90 {
+Kernel strip();  // src/cuda/sm90/strip.cu
+}
 Kernel reference();  // src/cuda/reference.cu
 }  // namespace cuda
 
