@@ -26,6 +26,9 @@ add_library(block_sparse_cuda STATIC
   src/cuda/sm90/order.cu
   src/cuda/sm90/walks.cpp
   src/cuda/reference.cu
+  src/cuda/sm90/strip.cu
+  src/cuda/sm90/strip_forward.cu
+  src/cuda/sm90/strip_grad_input.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 

@@ -15,6 +15,7 @@ std::span<const Kernel> kernels(Backend backend) {
   constexpr Backend built_for = Backend::cuda;
   static const Kernel list[] = {
       cuda::sm90::panel(),
+      cuda::sm90::strip(),
       cuda::reference(),
   };
 #else

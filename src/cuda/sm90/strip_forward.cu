@@ -1,0 +1,9 @@
+// The strip kernels of forward. Apart from those of grad_input only to compile in parallel.
+#include "cuda/sm90/strip_launch.cuh"
+
+namespace block_sparse::cuda::sm90::strips {
+
+template void launch_for_block<false>(const ProductDesc& desc, const ProductArgs& args,
+                                      cudaStream_t stream);
+
+}  // namespace block_sparse::cuda::sm90::strips
