@@ -24,6 +24,8 @@ add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
   src/cuda/index.cu
   src/cuda/reference.cu
+  src/cuda/sm90/sampled.cu
+  src/cuda/sm90/tiles.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 set_target_properties(block_sparse_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)

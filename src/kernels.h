@@ -14,6 +14,10 @@ Kernel reference();   // src/reference.cpp
 
 namespace cuda {
 Kernel reference();  // src/cuda/reference.cu
+
+namespace sm90 {
+Kernel sampled();  // src/cuda/sm90/sampled.cu
+}  // namespace sm90
 }  // namespace cuda
 
 }  // namespace block_sparse

@@ -29,6 +29,9 @@ struct PatternView {
   const int32_t* ccol = nullptr;  // [block_cols + 1]  first entry of each block column below
   const int32_t* trow = nullptr;  // [nnz]             block row, by block column, then block row
   const int32_t* perm = nullptr;  // [nnz]             block number, in the same order
+  // What a kernel takes together, planned for a block shape on the pattern's device; null where
+  // there is none (src/cuda/sm90/tiles.h).
+  const int32_t* tiles = nullptr;
 
   static PatternView of_packed(const int32_t* packed, GridShape grid);
 };
