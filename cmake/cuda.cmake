@@ -24,13 +24,24 @@ add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
   src/cuda/index.cu
   src/cuda/reference.cu
-  src/cuda/sm90/sampled.cu
   src/cuda/sm90/tiles.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
-set_target_properties(block_sparse_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
-# relaxed-constexpr: device code calls std::bit_cast, which is constexpr and not marked __device__.
-target_compile_options(block_sparse_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
-    $<$<BOOL:${BLOCK_SPARSE_WERROR}>:-Xcompiler=-Werror --Werror=all-warnings>>)
-target_link_libraries(block_sparse_cuda PUBLIC block_sparse_flags PRIVATE block_sparse_cutlass)
+
+# Hopper's own instructions exist for Hopper only.
+add_library(block_sparse_sm90 OBJECT
+  src/cuda/sm90/panel.cu
+  src/cuda/sm90/sampled.cu
+)
+set_target_properties(block_sparse_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+target_link_libraries(block_sparse_sm90 PRIVATE block_sparse_cutlass)
+target_sources(block_sparse_cuda PRIVATE $<TARGET_OBJECTS:block_sparse_sm90>)
+
+foreach(target block_sparse_cuda block_sparse_sm90)
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
+  # relaxed-constexpr: device code calls std::bit_cast, which is constexpr and not marked __device__.
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
+      $<$<BOOL:${BLOCK_SPARSE_WERROR}>:-Xcompiler=-Werror --Werror=all-warnings>>)
+  target_link_libraries(${target} PUBLIC block_sparse_flags)
+endforeach()

@@ -14,6 +14,8 @@ std::span<const Kernel> kernels(Backend backend) {
 #ifdef BLOCK_SPARSE_WITH_CUDA
   constexpr Backend built_for = Backend::cuda;
   static const Kernel list[] = {
+      cuda::sm90::panel(),
+      cuda::sm90::sampled(),
       cuda::reference(),
   };
 #else

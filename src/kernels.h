@@ -13,11 +13,11 @@ Kernel reference();   // src/reference.cpp
 }  // namespace cpu
 
 namespace cuda {
-Kernel reference();  // src/cuda/reference.cu
-
 namespace sm90 {
+Kernel panel();    // src/cuda/sm90/panel.cu
 Kernel sampled();  // src/cuda/sm90/sampled.cu
 }  // namespace sm90
+Kernel reference();  // src/cuda/reference.cu
 }  // namespace cuda
 
 }  // namespace block_sparse

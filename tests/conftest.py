@@ -1,8 +1,10 @@
-"""What all tests share: the cuda marker, the hypothesis profile, the forced kernel."""
+"""What tests share: the cuda marker, the hypothesis profile, one thread, the forced kernel."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("checkpoint_helpers", "linear_helpers", "patch_helpers")
 
 settings.register_profile(
     "repeatable",
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules whose products are too small for threads: waking them is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

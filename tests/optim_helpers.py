@@ -1,6 +1,5 @@
 """Small models and oracles for the tests of pytorch_block_sparse.optim."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +51,3 @@ def grid_of(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
     """A mask of blocks as a mask of elements."""
     rows = mask.repeat_interleave(block_shape[0], 0)
     return rows.repeat_interleave(block_shape[1], 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These layers are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

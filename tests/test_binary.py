@@ -10,16 +10,22 @@ import importlib.util
 import re
 import struct
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import torch
+
+from pytorch_block_sparse import _library
 
 NEEDED = re.compile(
     r"(libtorch_cpu|libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux-[\w-]+)\.so(\.\d+)*"
 )
-# The stable ABI, and what the linker puts in every library. Anything else must carry a version of
-# the C or C++ runtime.
-SYMBOL = re.compile(r"(aoti_)?torch_\w+|_ITM_\w+TMCloneTable|__gmon_start__")
+# The stable ABI, but what lies in libtorch_cuda, which may not be there; and what a linker puts in
+# every library. Anything else must carry a version of the C or C++ runtime.
+SYMBOL = re.compile(
+    r"(?!\w*cuda)(aoti_)?torch_\w+|aoti_torch_device_type_cuda|_ITM_\w+TMCloneTable|__gmon_start__"
+)
 VERSION = re.compile(r"(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
 
 DYNAMIC, DYNSYM, VERNEED, VERSYM = 6, 11, 0x6FFFFFFE, 0x6FFFFFFF  # section types
@@ -119,6 +125,10 @@ def test_library_needs_only_what_is_allowed(name):
         (Imports(run_paths=["$ORIGIN"]), "has run path $ORIGIN"),
         (Imports(symbols=[("_ZN2at4_ops5empty4callEv", "")]), "undefined symbol _ZN2at4_ops5"),
         (Imports(symbols=[("PyObject_Call", "")]), "undefined symbol PyObject_Call"),
+        (
+            Imports(symbols=[("aoti_torch_get_current_cuda_stream", "")]),
+            "undefined symbol aoti_torch_get_current_cuda_stream",
+        ),
         (Imports(symbols=[("cudaMalloc", "libcudart.so.13")]), "undefined symbol cudaMalloc lib"),
     ],
 )
@@ -129,6 +139,26 @@ def test_checker_complains(change, complaint):
     imports.symbols += change.symbols
     assert len(complaints(imports)) == 1
     assert complaints(imports)[0].startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "loaded"), [(None, ["_C.so"]), ("13.0", ["_C.so", "_C_cuda.so"])], ids=str
+)
+def test_the_cuda_library_is_loaded_where_torch_has_cuda(cuda, loaded, monkeypatch):
+    both = ["pytorch_block_sparse._C", "pytorch_block_sparse._C_cuda"]
+    specs = {name: ModuleSpec(name, None, origin=name.split(".")[1] + ".so") for name in both}
+    monkeypatch.setattr(_library, "find_spec", specs.get)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    seen = []
+    monkeypatch.setattr(torch.ops, "load_library", seen.append)
+    _library._load()
+    assert seen == loaded
+
+
+def test_a_package_that_was_not_built_says_so(monkeypatch):
+    monkeypatch.setattr(_library, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"_C is missing; install the package"):
+        _library._load()
 
 
 def includes_torch(text: str) -> bool:

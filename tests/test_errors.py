@@ -286,7 +286,7 @@ def test_message(name):
 def test_messages_name_the_devices():
     with pytest.raises(ValueError, match="values: is on cpu, but input on cuda:0"):
         forward(x=X.cuda())
-    with pytest.raises((ValueError, RuntimeError), match="cuda"):
+    with pytest.raises((ValueError, RuntimeError), match="GPU"):
         forward(values=VALUES.cuda())
     with pytest.raises(ValueError, match="index: is on cpu, but input on cuda:0"):
         forward(X.cuda(), VALUES.cuda(), bias=None)

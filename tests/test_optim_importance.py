@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from optim_helpers import mlp, one_thread, train_step  # noqa: F401
+from optim_helpers import mlp
 from pytorch_block_sparse import BlockSparseLinear, Pattern
 from pytorch_block_sparse.optim import BlockImportance, update_pattern_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim_helpers import dense_of, grid_of, mlp, one_thread, train_step  # noqa: F401
+from optim_helpers import mlp, train_step
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
 from pytorch_block_sparse.optim import (
     BlockMovement,
@@ -18,6 +18,8 @@ from pytorch_block_sparse.optim import (
     layer_densities,
 )
 from pytorch_block_sparse.optim.observe import CandidateGradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- the planted teacher: a linear map whose pattern of blocks is known --------------------------
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim_helpers import mlp, one_thread, train_step  # noqa: F401
+from optim_helpers import mlp, train_step
 from pytorch_block_sparse import BlockSparseModelPatcher
 from pytorch_block_sparse.optim import (
     Constant,
@@ -18,6 +18,8 @@ from pytorch_block_sparse.optim import (
     choose,
     teacher_of,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- schedules and choice ------------------------------------------------------------------------
 

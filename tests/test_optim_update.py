@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from optim_helpers import ADAPTIVE, dense_of, grid_of, mlp, one_thread, train_step  # noqa: F401
+from optim_helpers import ADAPTIVE, dense_of, grid_of, mlp, train_step
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
 from pytorch_block_sparse.optim import compact_, update_pattern_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def choose(layer, k, seed=0):

@@ -24,14 +24,7 @@ from pytorch_block_sparse import (  # noqa: E402
 transformers.logging.set_verbosity_error()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These products are too small for threads: waking them is most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, HIDDEN, INNER = 96, 64, 128
 

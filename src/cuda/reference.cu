@@ -11,12 +11,16 @@ namespace {
 constexpr int kThreads = 256;
 
 // Neighbouring threads take neighbouring elements of an output row.
+// One sum after the other in float would be worse than torch's, which are many.
 template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, float>, double, typename Traits<T>::Accumulate>;
+
+template <class T, class Sum = SumOf<T>>
 __global__ void __launch_bounds__(kThreads)
     reference_kernel(ProductDesc desc, ProductArgs args, int64_t elements, int64_t cols) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < elements; i += step) {
-    reference::element<typename Traits<T>::Accumulate, T>(desc, args, i / cols, i % cols);
+    reference::element<Sum, T>(desc, args, i / cols, i % cols);
   }
 }
 

@@ -1,4 +1,6 @@
 // The three products as torch ops: tensors are checked here, once; kernels trust what they get.
+#include <bit>
+#include <initializer_list>
 #include <limits>
 
 #include "binding.h"
@@ -73,6 +75,19 @@ struct Rows {
   ConstDenseView view;
   int64_t count = 0;
 };
+
+// The largest power of two up to 16 of which all of these are multiples.
+int64_t common_alignment(std::initializer_list<uint64_t> addresses_and_strides) {
+  uint64_t bits = 16;
+  for (const uint64_t value : addresses_and_strides) bits |= value;
+  return int64_t{1} << std::countr_zero(bits);
+}
+
+uint64_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+uint64_t stride_bytes(const ConstDenseView& view, Dtype dtype) {
+  return static_cast<uint64_t>(view.row_stride * size_of(dtype));
+}
 
 Rows rows_of(const char* name, const Tensor& tensor, int64_t features) {
   const int64_t dim = tensor.dim();
@@ -157,6 +172,8 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
   const Rows x = rows_of("input", input, desc.in_features);
   const Tensor blocks = as_contiguous(values);
   desc.tokens = x.count;
+  desc.alignment = common_alignment({address(x.view.data), stride_bytes(x.view, desc.dtype),
+                                     address(blocks.const_data_ptr())});
   ProductArgs args;
   args.x = x.view;
   args.weight = {pattern_of(index, desc.grid()), blocks.const_data_ptr()};
@@ -192,6 +209,8 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
   const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
   const Tensor blocks = as_contiguous(values);
   desc.tokens = dy.count;
+  desc.alignment = common_alignment({address(dy.view.data), stride_bytes(dy.view, desc.dtype),
+                                     address(blocks.const_data_ptr())});
   ProductArgs args;
   args.dy = dy.view;
   args.weight = {pattern_of(index, desc.grid()), blocks.const_data_ptr()};
@@ -226,6 +245,8 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   const Rows x = rows_of("input", input, desc.in_features);
   check(dy.count == x.count, "input: has ", x.count, " rows, but grad_output has ", dy.count);
   desc.tokens = x.count;
+  desc.alignment = common_alignment({address(x.view.data), stride_bytes(x.view, desc.dtype),
+                                     address(dy.view.data), stride_bytes(dy.view, desc.dtype)});
   ProductArgs args;
   args.x = x.view;
   args.dy = dy.view;

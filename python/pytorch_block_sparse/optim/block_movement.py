@@ -83,9 +83,7 @@ class BlockMovement(Sparsifier):
             raise ValueError(f"floor: must be in (0, 1], got {floor}")
         if penalty < 0:
             raise ValueError(f"penalty: must not be negative, got {penalty}")
-        earliest, latest = share_of(total_steps, 0.1), share_of(total_steps, 0.75)
-        begin = earliest if begin is None else begin
-        end = latest if end is None else end
+        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.75, end)
         self.tau = Cubic(0.0, threshold, begin, end)
         last = begin + (end - begin) // every * every
         schedule = Every(every, begin, last)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .block_set import BlockSET
 from .choose import highest, random_sample, without_nan
 from .observe import CandidateGradients
-from .schedule import Schedule, share_of
+from .schedule import Schedule
 from .sparsifier import SparseLayer
 
 
@@ -77,8 +77,6 @@ class BlockRigL(BlockSET):
             raise ValueError(f"candidates: must be at least 1, got {candidates}")
         if not 0 <= random_share <= 1:
             raise ValueError(f"random_share: must be in [0, 1], got {random_share}")
-        latest = share_of(total_steps, 0.75)
-        end = latest if end is None else end
         self.candidates = candidates
         self.random_share = random_share
         self.normalise = normalise
@@ -88,7 +86,7 @@ class BlockRigL(BlockSET):
             optimizer,
             total_steps,
             drop=drop,
-            every=max(1, min(end // 4, 100)) if every is None else every,
+            every=every,
             end=end,
             score=score,
             new_values=new_values,
@@ -99,6 +97,10 @@ class BlockRigL(BlockSET):
         )
         if self.schedule.due(1):
             self._prepare()
+
+    @staticmethod
+    def _default_interval(end: int) -> int:
+        return max(1, min(end // 4, 100))
 
     def _prepare(self) -> None:
         self._release()

@@ -73,9 +73,8 @@ class BlockSET(Sparsifier):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
-        latest = share_of(total_steps, 0.75)
-        end = latest if end is None else end
-        every = max(1, min(end // 4, max(100, end // 80))) if every is None else every
+        end = share_of(total_steps, 0.75, end)
+        every = self._default_interval(end) if every is None else every
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
         if second_moment not in ("zero", "mean"):
@@ -92,6 +91,10 @@ class BlockSET(Sparsifier):
             only=only,
             process_group=process_group,
         )
+
+    @staticmethod
+    def _default_interval(end: int) -> int:
+        return max(1, min(end // 4, max(100, end // 80)))
 
     def _update(self) -> dict[str, int]:
         return {layer.name: self._update_layer(layer) for layer in self.layers}

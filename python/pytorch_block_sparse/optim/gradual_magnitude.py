@@ -76,9 +76,7 @@ class GradualMagnitude(Sparsifier):
             raise ValueError(
                 f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"
             )
-        earliest, latest = share_of(total_steps, 0.1), share_of(total_steps, 0.7)
-        begin = earliest if begin is None else begin
-        end = latest if end is None else end
+        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.7, end)
         every = max(1, (end - begin) // updates)
         last = begin + max(1, min(updates, (end - begin) // every)) * every
         self._progress = Cubic(1.0, 0.0, begin, min(end, last))  # (1 - progress)^3

@@ -20,11 +20,11 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be in [0, 1], got {value!r}")
 
 
-def share_of(total_steps: int, share: float) -> int:
-    """The step at which `share` of the training is done."""
+def share_of(total_steps: int, share: float, given: int | None = None) -> int:
+    """The step at which `share` of the training is done, unless another is given."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps: must be a positive int, got {total_steps!r}")
-    return int(share * total_steps)
+    return int(share * total_steps) if given is None else given
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+// Launches the panel kernel: which products it takes, and in which configuration.
+#include "cuda/sm90/hopper.h"
+#include "cuda/sm90/panel.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "kernels.h"
+
+namespace block_sparse::cuda::sm90 {
+namespace {
+
+// Forward and grad_input as one: y[tokens, M] = x[tokens, K] W.
+struct Sides {
+  int64_t m, k;
+  int64_t block_m, block_k;
+};
+
+Sides sides(const ProductDesc& desc) {
+  const Sides s{desc.out_features, desc.in_features, desc.block.out, desc.block.in};
+  return desc.product == Product::forward ? s : Sides{s.k, s.m, s.block_k, s.block_m};
+}
+
+template <class T, class Config, bool kTransposed>
+void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+  const Sides s = sides(desc);
+  const PatternView& pattern = args.weight.pattern;
+  const ConstDenseView& input = kTransposed ? args.dy : args.x;
+  constexpr int kSlab = Config::kSlab;
+  const auto ceil = [](int64_t count, int64_t by) {
+    return static_cast<int>((count + by - 1) / by);
+  };
+
+  PanelParams params;
+  params.input = tensor_map(input.data, desc.dtype, desc.tokens, s.k, input.row_stride,
+                            {Config::kTokens, kSlab}, kSlab * 2);
+  params.values = kTransposed ? tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_k,
+                                           s.block_m, s.block_m, {kSlab, kGroupRows}, 128)
+                              : tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_m,
+                                           s.block_k, s.block_k, {kGroupRows, kSlab}, kSlab * 2);
+  params.output = tensor_map(args.output.data, desc.dtype, desc.tokens, s.m, args.output.row_stride,
+                             {Config::kStoreTokens, kGroupRows}, 128);
+  const GridShape grid = pattern.grid;
+  params.walk = {kTransposed ? pattern.ccol : pattern.crow,
+                 kTransposed ? pattern.trow : pattern.col,
+                 kTransposed ? pattern.perm : nullptr,
+                 static_cast<int>(grid.nnz),
+                 static_cast<int>(kTransposed ? grid.block_cols : grid.block_rows),
+                 static_cast<int>(s.block_m),
+                 static_cast<int>(s.block_k)};
+  constexpr int64_t kBunchBytes = 20 << 20;  // of x: less than half of L2
+  constexpr int64_t kTileTokens = int64_t{Config::kTokens} * Config::kCluster;
+  const int64_t bunch = kBunchBytes / (kTileTokens * s.k * size_of(desc.dtype));
+  params.raster = {ceil(s.m, Config::kPanelGroups * kGroupRows), ceil(desc.tokens, kTileTokens),
+                   static_cast<int>(std::max<int64_t>(bunch, 1))};
+  params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
+  params.features_m = static_cast<int>(s.m);
+  params.next_tile = static_cast<int*>(args.workspace);
+
+  const auto kernel = panel_kernel<T, Config, kTransposed>;
+  constexpr int kShared = sizeof(PanelShared<Config>);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+             "cuda_sm90_panel");
+  check_cuda(cudaMemsetAsync(params.next_tile, 0, sizeof(int), stream_of(execution.stream)),
+             "cuda_sm90_panel");
+  const int64_t clusters =
+      std::min<int64_t>(params.raster.tiles(), multiprocessors() / Config::kCluster);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Config::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(clusters * Config::kCluster);
+  config.blockDim = Panel<T, Config, kTransposed>::kThreads;
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream_of(execution.stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params), "cuda_sm90_panel");
+}
+
+// clang-format off
+//                            groups tokens slab stages slots cluster store
+using Large  = PanelConfig<         1,   256,  64,     4,    8,      2,   64>;
+// Four block rows share a step, so that less of x is loaded for each block: the blocks of a random
+// pattern meet L2's limit first.
+using Mixed  = PanelConfig<         2,   192,  64,     4,   12,      2,   64>;
+using Narrow = PanelConfig<         1,   256,  32,     8,   16,      2,   64>;
+// clang-format on
+
+// Calls f with the configuration for `desc`.
+template <class F>
+void with_config(const ProductDesc& desc, const F& f) {
+  const Sides s = sides(desc);
+  if (s.block_k % 64 != 0) return f(std::type_identity<Narrow>{});
+  // A block of 128 fills both consumers of Large by itself. Where few blocks are present, hardly
+  // any share a column, and the larger tile only waits longer for its end.
+  const GridShape grid = desc.grid();
+  const bool dense = 5 * desc.nnz >= grid.block_rows * grid.block_cols;
+  if (s.block_m % 128 != 0 && dense) return f(std::type_identity<Mixed>{});
+  return f(std::type_identity<Large>{});
+}
+
+Refusal why_not(const ProductDesc& desc) {
+  if (desc.product == Product::grad_weight) return "it computes forward and grad_input";
+  if (Refusal refusal = why_not_hopper(desc)) return refusal;
+  const Sides s = sides(desc);
+  if (s.block_m % kGroupRows != 0 || s.block_k % Narrow::kSlab != 0) {
+    return concat("the block is ", s.block_m, " along the output and ", s.block_k,
+                  " along the sum; it takes multiples of ", kGroupRows, " and ", Narrow::kSlab);
+  }
+  return std::nullopt;
+}
+
+int64_t workspace(const ProductDesc&, const Execution&) { return sizeof(int); }
+
+void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+  with_config(desc, [&](auto type) {
+    using Config = typename decltype(type)::type;
+    const bool transposed = desc.product == Product::grad_input;
+    if (desc.dtype == Dtype::bf16) {
+      transposed ? launch<BFloat16, Config, true>(desc, args, execution)
+                 : launch<BFloat16, Config, false>(desc, args, execution);
+    } else {
+      transposed ? launch<Float16, Config, true>(desc, args, execution)
+                 : launch<Float16, Config, false>(desc, args, execution);
+    }
+  });
+}
+
+}  // namespace
+
+Kernel panel() { return {"cuda_sm90_panel", why_not, workspace, run}; }
+
+}  // namespace block_sparse::cuda::sm90

@@ -1,0 +1,109 @@
+"""What the methods refuse when they are made, and what they warn of."""
+
+import pytest
+import torch
+from torch import nn
+
+from optim_helpers import mlp
+from pytorch_block_sparse.optim import (
+    BlockMovement,
+    BlockRigL,
+    BlockSET,
+    BlockWanda,
+    GradualMagnitude,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+BUILD = {
+    "SET": lambda m, o, **k: BlockSET(m, o, 100, **k),
+    "RigL": lambda m, o, **k: BlockRigL(m, o, 100, **k),
+    "gradual": lambda m, o, **k: GradualMagnitude(m, o, 100, density=0.1, **k),
+    "movement": lambda m, o, **k: BlockMovement(m, o, 100, **k),
+    "Wanda": lambda m, o, **k: BlockWanda(m, o, density=0.1, **k),
+}
+build = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
+
+
+@build
+def test_a_model_without_a_block_sparse_layer(build):
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="has no BlockSparseLinear; replace its layers with"):
+        build(model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+@build
+def test_an_optimizer_that_does_not_hold_the_parameters(build):
+    model = mlp()
+    with pytest.raises(ValueError, match="does not hold the values of layer 2"):
+        build(model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Sequential"):
+        build(model, model)
+
+
+@build
+def test_a_frozen_layer_stays_as_it_is_with_a_warning(build):
+    model = mlp(0.5)
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    with pytest.warns(UserWarning, match="2: is frozen, its pattern stays as it is"):
+        sparsifier = build(model, optimizer)
+    assert [layer.name for layer in sparsifier.layers] == ["0"]
+    model[0].requires_grad_(False)
+    with (
+        pytest.warns(UserWarning, match="is frozen"),
+        pytest.raises(ValueError, match="none of its block-sparse layers is trained"),
+    ):
+        build(model, optimizer)
+
+
+@build
+def test_only_some_layers(build):
+    model = mlp(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsifier = build(model, optimizer, only=lambda name: name == "2")
+    assert [layer.name for layer in sparsifier.layers] == ["2"]
+
+
+@pytest.mark.parametrize("build", [BlockSET, BlockRigL, GradualMagnitude, BlockMovement])
+def test_schedules_that_end_before_they_start(build):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    options = {"density": 0.1} if build is GradualMagnitude else {}
+    if build in (GradualMagnitude, BlockMovement):
+        options["begin"] = 50
+    with pytest.raises(ValueError, match=r"ends .* before it starts"):
+        build(model, optimizer, 100, end=0 if "begin" not in options else 20, **options)
+    with pytest.raises(ValueError, match=r"total_steps: must be"):
+        build(model, optimizer, 0, **options)
+
+
+def test_numbers_out_of_range():
+    model = mlp(0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for density in (0, -1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"density: must be in \(0, 1\]"):
+            GradualMagnitude(model, optimizer, 100, density=density)
+        with pytest.raises(ValueError, match=r"density: must be in \(0, 1\]"):
+            BlockWanda(model, density=density)
+    with pytest.raises(ValueError, match="would need 64 blocks, but has 32"):
+        GradualMagnitude(model, optimizer, 100, density=0.5)
+    for distribution in ("erdos", None):
+        with pytest.raises(ValueError, match="distribution: must be 'uniform', 'erk' or 'global'"):
+            GradualMagnitude(model, optimizer, 100, density=0.1, distribution=distribution)
+    with pytest.raises(ValueError, match=r"start: must be in \[0, 1\]"):
+        BlockSET(model, optimizer, 100, drop=1.5)
+    with pytest.raises(ValueError, match="score: must be one of"):
+        BlockSET(model, optimizer, 100, score="l3")
+    with pytest.raises(ValueError, match="interval: must be at least 1"):
+        BlockSET(model, optimizer, 100, every=0)
+    with pytest.raises(ValueError, match="candidates: must be at least 1"):
+        BlockRigL(model, optimizer, 100, candidates=0.5)
+    with pytest.raises(ValueError, match=r"random_share: must be in \[0, 1\]"):
+        BlockRigL(model, optimizer, 100, random_share=2)
+    with pytest.raises(ValueError, match="updates: at least 1"):
+        GradualMagnitude(model, optimizer, 100, density=0.1, updates=0)
+    for options in ({"threshold": 1.0}, {"floor": 0.0}, {"penalty": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            BlockMovement(model, optimizer, 100, **options)
