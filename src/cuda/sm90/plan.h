@@ -14,10 +14,13 @@ namespace block_sparse::cuda::sm90 {
 
 constexpr int kBandWords = kBandUnits / 32;
 
-// The units of a pattern that no tile owns yet, and the tile in the making. Shared memory.
+// The units of a band that no tile owns yet, and the tile in the making. Shared memory. A row is a
+// group of row units that are loaded together: it needs the columns that any of them has.
 struct BandState {
-  uint32_t need[kBandWords][kBandUnits];  // bit c of row r: its unit in column c
+  uint32_t have[kBandWords][kBandUnits];  // bit c of row unit r: its unit in column c
+  uint32_t need[kBandWords][kBandUnits];  // bit c of row r: columns that no tile has taken for it
   int left[kBandUnits];                   // bits of each row
+  uint32_t units;                         // in the band
   // level[k]: the columns that at least k of the chosen rows need; at_least[k]: how many. The last
   // is always empty.
   uint32_t level[kMaxTileRows + 2][kBandWords];
@@ -29,12 +32,15 @@ struct BandState {
 };
 
 struct Band {
-  int row0, col0, rows, cols, words;
+  int row0, col0;         // the first units
+  int units, rows, cols;  // row units, rows (groups of them) and columns
+  int words;
 
   BLOCK_SPARSE_HOST_DEVICE Band(const Tiling& t, int band)
       : row0(band / t.col_bands * t.band_rows),
         col0(band % t.col_bands * t.band_cols),
-        rows(std::max(0, std::min(t.band_rows, t.row_units - row0))),
+        units(std::max(0, std::min(t.band_rows, t.row_units - row0))),
+        rows((units + t.group - 1) / t.group),
         cols(std::max(0, std::min(t.band_cols, t.col_units - col0))),
         words((cols + 31) / 32) {}
 };
@@ -64,19 +70,32 @@ BLOCK_SPARSE_HOST_DEVICE inline Range blocks_from(const PatternView& p, int bloc
 // Reads the band's part of the pattern.
 BLOCK_SPARSE_HOST_DEVICE inline void read_band(Team& team, BandState& s, const Tiling& t,
                                                const Band& band, const PatternView& p) {
-  team.each(band.rows, [&](int r) {
-    for (int w = 0; w < band.words; ++w) s.need[w][r] = 0;
+  team.each(1, [&](int) { s.units = 0; });
+  team.each(band.units, [&](int r) {
+    for (int w = 0; w < band.words; ++w) s.have[w][r] = 0;
     const Range range = blocks_from(p, (band.row0 + r) / t.parts_out, band.col0 / t.parts_in);
-    int left = 0;
+    int units = 0;
     for (int32_t block = range.begin; block < range.end; ++block) {
       const int64_t first = int64_t{p.col[block]} * t.parts_in - band.col0;
       if (first >= band.cols) break;
       for (int64_t c = first; c < first + t.parts_in; ++c) {
         if (c < 0 || c >= band.cols) continue;
         const uint32_t bit = 1u << c % 32;
-        left += (s.need[c / 32][r] & bit) == 0;
-        s.need[c / 32][r] |= bit;
+        units += (s.have[c / 32][r] & bit) == 0;
+        s.have[c / 32][r] |= bit;
       }
+    }
+    add_to(s.units, units);
+  });
+  team.each(band.rows, [&](int r) {
+    int left = 0;
+    for (int w = 0; w < band.words; ++w) {
+      uint32_t need = 0;
+      for (int u = r * t.group; u < std::min((r + 1) * t.group, band.units); ++u) {
+        need |= s.have[w][u];
+      }
+      s.need[w][r] = need;
+      left += popcount(need);
     }
     s.left[r] = left;
   });
@@ -113,15 +132,15 @@ BLOCK_SPARSE_HOST_DEVICE uint32_t choose_row(Team& team, BandState& s, const Til
   return 255 - (best & 255);
 }
 
-// Chooses the rows of a tile, the first of which is the one with most units left.
+// Chooses the rows of a tile, the first of which is the first with units left: neighbouring tiles
+// then share rows, and the last tiles of a band few of those of the first.
 template <int kRows>
 BLOCK_SPARSE_HOST_DEVICE bool choose_rows(Team& team, BandState& s, const Tiling& t,
                                           const Band& band) {
-  const uint32_t best = team.max(band.rows, [&](int r) -> uint32_t {
-    return s.left[r] == 0 ? 0 : static_cast<uint32_t>(s.left[r]) << 8 | (255 - r);
+  const uint32_t seed = band.rows - team.max(band.rows, [&](int r) -> uint32_t {
+    return s.left[r] == 0 ? 0 : band.rows - r;
   });
-  if (best == 0) return false;
-  const uint32_t seed = 255 - (best & 255);
+  if (seed == static_cast<uint32_t>(band.rows)) return false;
   team.each(kMaxTileCols, [&](int i) {
     s.cols[i] = kNoUnit;
     if (i < kRows) s.rows[i] = i == 0 ? seed : kNoUnit;
@@ -132,7 +151,7 @@ BLOCK_SPARSE_HOST_DEVICE bool choose_rows(Team& team, BandState& s, const Tiling
     }
   });
 
-  uint32_t covered = std::min(best >> 8, static_cast<uint32_t>(t.cols));
+  uint32_t covered = static_cast<uint32_t>(std::min(s.left[seed], t.cols));
   const auto add = [&]<int kChosen>(std::integral_constant<int, kChosen>) {
     const uint32_t row = choose_row<kChosen>(team, s, t, band, covered);
     if (row == kNoUnit) return false;
@@ -193,17 +212,23 @@ BLOCK_SPARSE_HOST_DEVICE int plan_band(Team& team, BandState& s, const Tiling& t
   int tile = 0;
   for (; tile < limit && choose_rows<kRows>(team, s, t, band); ++tile) {
     choose_cols<kRows>(team, s, t, band);
-    team.each(kRows * t.cols, [&](int i) {
-      const uint32_t row = s.rows[i / t.cols], col = s.cols[i % t.cols];
-      if (row == kNoUnit || col == kNoUnit) return;
-      if (s.need[col / 32][row] >> col % 32 & 1) add_bits(s.mask[i / 32], 1u << i % 32);
+    const auto row_unit = [&](int u) -> uint32_t {  // within the band
+      const uint32_t row = s.rows[u / t.group];
+      const uint32_t unit = row * t.group + u % t.group;
+      return row == kNoUnit || unit >= static_cast<uint32_t>(band.units) ? kNoUnit : unit;
+    };
+    team.each(t.rows * t.cols, [&](int i) {
+      const uint32_t unit = row_unit(i / t.cols), col = s.cols[i % t.cols];
+      if (unit == kNoUnit || col == kNoUnit) return;
+      const uint32_t need = s.need[col / 32][unit / t.group] & s.have[col / 32][unit];
+      if (need >> col % 32 & 1) add_bits(s.mask[i / 32], 1u << i % 32);
     });
     int32_t* record = records + int64_t{tile} * t.record_size;
     team.each(t.record_size, [&](int i) {
       const int pair = (i - 1 - t.mask_words) * 2;
       const auto unit = [&](int u) {
-        const uint32_t local = u < kRows ? s.rows[u] : s.cols[u - kRows];
-        return local == kNoUnit ? kNoUnit : local + (u < kRows ? band.row0 : band.col0);
+        const uint32_t local = u < t.rows ? row_unit(u) : s.cols[u - t.rows];
+        return local == kNoUnit ? kNoUnit : local + (u < t.rows ? band.row0 : band.col0);
       };
       record[i] = i == 0              ? first_number
                   : i <= t.mask_words ? static_cast<int32_t>(s.mask[i - 1])
@@ -232,10 +257,10 @@ struct Region {
     const Band band(t, index);
     for (int i = 0; i < index; ++i) first_number += units[i];
     const int64_t rows_before = int64_t{std::min(band.row0, t.row_units)} * t.col_bands +
-                                int64_t{index % t.col_bands} * band.rows;
+                                int64_t{index % t.col_bands} * band.units;
     first_tile = std::min<int64_t>(first_number / t.cols + rows_before, t.capacity);
     limit = static_cast<int>(
-        std::min<int64_t>(units[index] / t.cols + band.rows, t.capacity - first_tile));
+        std::min<int64_t>(units[index] / t.cols + band.units, t.capacity - first_tile));
   }
 };
 

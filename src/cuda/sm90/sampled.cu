@@ -1,19 +1,18 @@
 // The kernel cuda_sm90_sampled: what it refuses, the workspace and the launch. grad_weight for any
-// blocks of 16, 32 or a multiple of 64 on Hopper, in bf16 and fp16. Device code is in sampled.h.
-#include "cuda/sm90/device.h"
-#include "cuda/sm90/retile.h"
-#include "cuda/sm90/sampled.h"
+// blocks of 16, 32 or a multiple of 64 on Hopper, in bf16 and fp16. Device code is in sampled.cuh.
+#include "cuda/sm90/hopper.h"
+#include "cuda/sm90/retile.cuh"
+#include "cuda/sm90/sampled.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "kernels.h"
 
 namespace block_sparse::cuda::sm90 {
 namespace {
 
+using namespace sampled_product;
+
 Refusal why_not(const ProductDesc& desc) {
   if (desc.product != Product::grad_weight) return "the kernel is for grad_weight only";
-  if (desc.dtype != Dtype::bf16 && desc.dtype != Dtype::f16) {
-    return concat("the dtype is ", to_string(desc.dtype), "; the kernel is for bf16 and f16");
-  }
   if (unit_of(desc.block.out) == 0 || unit_of(desc.block.in) == 0) {
     return concat("the block is ", desc.block.out, "x", desc.block.in,
                   "; the kernel needs sides of 16, 32 or a multiple of 64");
@@ -23,19 +22,7 @@ Refusal why_not(const ProductDesc& desc) {
                   " blocks; the kernel needs at least one and at most ", kMaxUnits,
                   " pieces of up to 64 features a side");
   }
-  if (desc.tokens < 1 || desc.nnz < 1) {
-    return concat("there are ", desc.tokens, " tokens and ", desc.nnz,
-                  " blocks; the kernel needs at least one of each");
-  }
-  if (desc.out_features % 8 != 0 || desc.in_features % 8 != 0) {
-    return concat("the weight is ", desc.out_features, " x ", desc.in_features,
-                  "; the kernel needs multiples of 8");
-  }
-  if (desc.alignment < kTmaAlignment) {
-    return concat("addresses and row strides are aligned to ", desc.alignment,
-                  " bytes; the kernel needs ", kTmaAlignment);
-  }
-  return refuse_device();
+  return why_not_hopper(desc);
 }
 
 // The workspace, in this order: x retiled, counters and sums of split tiles.
@@ -49,7 +36,7 @@ Layout layout_of(const ProductDesc& desc, int ctas) {
   const Tiling t = tiling_of(desc.grid(), desc.block);
   const int64_t steps = ceil_div(desc.tokens, kStepTokens);
   Layout layout;
-  if (t.unit_in == 16) {
+  if (t.unit_in <= kMaxRetiledUnit) {
     layout.retiled_cols = ceil_div(int64_t{t.col_units} * t.unit_in, kRetileCols) * kRetileCols;
     layout.counters_at = align(steps * layout.retiled_cols * kUnitBytes);
   }
@@ -64,13 +51,13 @@ Layout layout_of(const ProductDesc& desc, int ctas) {
 }
 
 int64_t workspace(const ProductDesc& desc, const Execution&) {
-  return layout_of(desc, current_device().multiprocessors).size;
+  return layout_of(desc, multiprocessors()).size;
 }
 
 template <class T, int kUnit>
 void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   const cudaStream_t stream = stream_of(execution.stream);
-  const int ctas = current_device().multiprocessors;
+  const int ctas = multiprocessors();
   const Layout layout = layout_of(desc, ctas);
   char* workspace = static_cast<char*>(args.workspace);
   SampledArgs sampled{};
@@ -87,9 +74,10 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
     return tensor_map(view.data, desc.dtype, desc.tokens, features, view.row_stride, box, unit * 2,
                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
   };
-  const CUtensorMap dy = map(args.dy, desc.out_features, sampled.tiling.unit_out);
+  const CUtensorMap dy =
+      map(args.dy, desc.out_features, sampled.tiling.unit_out * sampled.tiling.group);
   CUtensorMap x{};
-  if constexpr (kUnit == 16) {
+  if constexpr (kUnit <= kMaxRetiledUnit) {
     auto* retiled = reinterpret_cast<uint16_t*>(workspace);
     const auto grid = static_cast<unsigned>(layout.retiled_cols / kRetileCols * sampled.steps);
     retile<<<grid, kRetileThreads, 0, stream>>>(static_cast<const uint16_t*>(args.x.data),
@@ -108,7 +96,9 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
                         static_cast<size_t>(layout.partials_at - layout.counters_at), stream),
         "cuda_sm90_sampled");
   }
-  allow_shared_memory<&sampled_kernel<T, kUnit>>(kSharedBytes);
+  check_cuda(cudaFuncSetAttribute(sampled_kernel<T, kUnit>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+             "cudaFuncSetAttribute");
   sampled_kernel<T, kUnit><<<ctas, kThreads, kSharedBytes, stream>>>(dy, x, sampled);
   check_cuda(cudaGetLastError(), "cuda_sm90_sampled");
 }

@@ -26,6 +26,14 @@ BLOCK_SPARSE_HOST_DEVICE inline void add_bits(uint32_t& target, uint32_t bits) {
 #endif
 }
 
+BLOCK_SPARSE_HOST_DEVICE inline void add_to(uint32_t& target, uint32_t value) {
+#ifdef __CUDA_ARCH__
+  atomicAdd(&target, value);
+#else
+  target += value;
+#endif
+}
+
 class Team {
  public:
   static constexpr int kThreads = 256;

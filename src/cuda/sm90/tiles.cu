@@ -13,13 +13,10 @@ __global__ void __launch_bounds__(Team::kThreads)
     count_units(Tiling t, PatternView pattern, int32_t* tiles) {
   __shared__ BandState state;
   __shared__ Team::State team_state;
-  __shared__ int units;
-  if (threadIdx.x == 0) units = 0;
   Team team(team_state);
   const Band band(t, blockIdx.x);
   read_band(team, state, t, band, pattern);
-  team.each(band.rows, [&](int r) { atomicAdd(&units, state.left[r]); });
-  if (threadIdx.x == 0) tiles[t.units_at + blockIdx.x] = units;
+  if (threadIdx.x == 0) tiles[t.units_at + blockIdx.x] = static_cast<int32_t>(state.units);
 }
 
 template <int kRows>
@@ -68,7 +65,8 @@ void build_tiles(const PatternView& pattern, BlockShape block, int32_t* tiles, v
   const cudaStream_t s = stream_of(stream);
   const auto bands = static_cast<unsigned>(t.bands());
   count_units<<<bands, Team::kThreads, 0, s>>>(t, pattern, tiles);
-  const auto kernel = t.rows == 2 ? plan<2> : t.rows == 4 ? plan<4> : plan<8>;
+  const int rows = t.rows / t.group;
+  const auto kernel = rows == 2 ? plan<2> : rows == 4 ? plan<4> : plan<8>;
   kernel<<<bands, Team::kThreads, 0, s>>>(t, pattern, tiles);
   number_tiles<<<dim3(bands, kNumberingCtas), Team::kThreads, 0, s>>>(t, pattern, tiles);
   check_cuda(cudaGetLastError(), "build_tiles");

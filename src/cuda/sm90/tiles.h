@@ -3,6 +3,7 @@
 // This is the layout of those entries and who fills them; how tiles are chosen is in plan.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "block_sparse/host_device.h"
@@ -18,8 +19,20 @@ constexpr int kMaxTileRows = kTileOut / 16;
 constexpr int kMaxTileCols = kTileIn / 16;
 constexpr int kMaxMaskWords = kMaxTileRows * kMaxTileCols / 32;
 
-// Tiles are chosen within a band: at most so many row units and column units.
+// Tiles are chosen within a band: neighbouring row units and column units, at most so many. About
+// so many tiles, a round of the kernel: what a round reads again and again then stays in L2, and of
+// the larger operand it reads one band only.
 constexpr int kBandUnits = 256;
+#ifndef SAMPLED_BAND_TILES
+#define SAMPLED_BAND_TILES 128
+#endif
+constexpr int64_t kBandTiles = SAMPLED_BAND_TILES;
+
+// Row units narrower than this are loaded together with their neighbours.
+#ifndef SAMPLED_LOAD_OUT
+#define SAMPLED_LOAD_OUT 32
+#endif
+constexpr int kLoadOut = SAMPLED_LOAD_OUT;
 
 // The width of a unit, or 0 where the side of a block is neither 16, 32 nor a multiple of 64.
 BLOCK_SPARSE_HOST_DEVICE constexpr int unit_of(int64_t side) {
@@ -42,6 +55,7 @@ struct Tiling {
   int unit_out = 0, unit_in = 0;
   int parts_out = 0, parts_in = 0;
   int rows = 0, cols = 0;
+  int group = 0;  // row units that are loaded together
   int row_units = 0, col_units = 0;
   int band_rows = 0, band_cols = 0;
   int row_bands = 0, col_bands = 0;
@@ -56,6 +70,13 @@ struct Tiling {
   BLOCK_SPARSE_HOST_DEVICE constexpr int bands() const { return row_bands * col_bands; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int64_t numbers_size() const { return size - numbers_at; }
 };
+
+// A guess: of a tile that many units are present, in percent, in a random pattern. Only the sizes
+// of bands depend on it.
+BLOCK_SPARSE_HOST_DEVICE constexpr int64_t expected_tiles(const Tiling& t, int64_t units) {
+  const int64_t percent = t.rows == 2 ? 90 : t.rows == 4 ? 65 : 45;
+  return units * 100 / (percent * t.rows * t.cols);
+}
 
 // All zero where the kernels of this directory refuse the block.
 BLOCK_SPARSE_HOST_DEVICE constexpr Tiling tiling_of(GridShape grid, BlockShape block) {
@@ -72,16 +93,27 @@ BLOCK_SPARSE_HOST_DEVICE constexpr Tiling tiling_of(GridShape grid, BlockShape b
   t.cols = kTileIn / t.unit_in;
   t.row_units = static_cast<int>(grid.block_rows) * t.parts_out;
   t.col_units = static_cast<int>(grid.block_cols) * t.parts_in;
+  if (grid.block_rows < 1 || grid.block_cols < 1) return {};
+  t.group = t.unit_out < kLoadOut ? kLoadOut / t.unit_out : 1;
+
+  // Bands along the larger side, as many as there may be rounds.
+  const int64_t units = grid.nnz * t.parts_out * t.parts_in;
+  const int64_t tiles = expected_tiles(t, units);
+  const bool by_rows = int64_t{t.row_units} * t.unit_out >= int64_t{t.col_units} * t.unit_in;
   t.row_bands = static_cast<int>(ceil_div(t.row_units, kBandUnits));
   t.col_bands = static_cast<int>(ceil_div(t.col_units, kBandUnits));
-  if (t.bands() == 0) return {};
+  int& bands = by_rows ? t.row_bands : t.col_bands;
+  const int64_t rounds =
+      (tiles + kBandTiles * t.bands() / bands / 2) / (kBandTiles * t.bands() / bands);
+  const int64_t most = by_rows ? ceil_div(t.row_units, t.rows) : ceil_div(t.col_units, t.cols);
+  bands = static_cast<int>(std::max<int64_t>(bands, std::min(rounds, most)));
   t.band_rows = static_cast<int>(ceil_div(t.row_units, t.row_bands));
+  t.band_rows = static_cast<int>(ceil_div(t.band_rows, t.group)) * t.group;
   t.band_cols = static_cast<int>(ceil_div(t.col_units, t.col_bands));
   t.mask_words = static_cast<int>(ceil_div(t.rows * t.cols, 32));
   t.record_size = 1 + t.mask_words + (t.rows + t.cols) / 2;
 
   // A tile owns at least t.cols units or the last units of one of its rows.
-  const int64_t units = grid.nnz * t.parts_out * t.parts_in;
   t.capacity = units / t.cols + int64_t{t.row_units} * t.col_bands;
   t.units_at = 1;
   t.counts_at = t.units_at + t.bands();

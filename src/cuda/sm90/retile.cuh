@@ -7,7 +7,7 @@
 
 #include "cuda/sm90/schedule.h"
 
-namespace block_sparse::cuda::sm90 {
+namespace block_sparse::cuda::sm90::sampled_product {
 
 constexpr int kRetileCols = 64;  // features of a CTA
 constexpr int kRetileThreads = 256;
@@ -54,4 +54,4 @@ static __global__ void __launch_bounds__(kRetileThreads)
   to[8 + (piece ^ (row + 1) % 8)] = make_uint4(high[0], high[1], high[2], high[3]);
 }
 
-}  // namespace block_sparse::cuda::sm90
+}  // namespace block_sparse::cuda::sm90::sampled_product
