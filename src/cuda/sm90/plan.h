@@ -12,6 +12,9 @@
 
 namespace block_sparse::cuda::sm90 {
 
+#ifndef SAMPLED_PATIENT
+#define SAMPLED_PATIENT 2
+#endif
 constexpr int kBandWords = kBandUnits / 32;
 
 // The units of a band that no tile owns yet, and the tile in the making. Shared memory. A row is a
@@ -20,7 +23,8 @@ struct BandState {
   uint32_t have[kBandWords][kBandUnits];  // bit c of row unit r: its unit in column c
   uint32_t need[kBandWords][kBandUnits];  // bit c of row r: columns that no tile has taken for it
   int left[kBandUnits];                   // bits of each row
-  uint32_t units;                         // in the band
+  uint32_t best[kBandUnits];  // no less than what a tile that begins with this row covers
+  uint32_t units;             // in the band
   // level[k]: the columns that at least k of the chosen rows need; at_least[k]: how many. The last
   // is always empty.
   uint32_t level[kMaxTileRows + 2][kBandWords];
@@ -98,6 +102,7 @@ BLOCK_SPARSE_HOST_DEVICE inline void read_band(Team& team, BandState& s, const T
       left += popcount(need);
     }
     s.left[r] = left;
+    s.best[r] = t.rows * t.cols;
   });
 }
 
@@ -132,15 +137,10 @@ BLOCK_SPARSE_HOST_DEVICE uint32_t choose_row(Team& team, BandState& s, const Til
   return 255 - (best & 255);
 }
 
-// Chooses the rows of a tile, the first of which is the first with units left: neighbouring tiles
-// then share rows, and the last tiles of a band few of those of the first.
+// Chooses the rows of a tile that begins with row `seed`. Returns how much it would cover.
 template <int kRows>
-BLOCK_SPARSE_HOST_DEVICE bool choose_rows(Team& team, BandState& s, const Tiling& t,
-                                          const Band& band) {
-  const uint32_t seed = band.rows - team.max(band.rows, [&](int r) -> uint32_t {
-    return s.left[r] == 0 ? 0 : band.rows - r;
-  });
-  if (seed == static_cast<uint32_t>(band.rows)) return false;
+BLOCK_SPARSE_HOST_DEVICE uint32_t choose_rows(Team& team, BandState& s, const Tiling& t,
+                                              const Band& band, uint32_t seed) {
   team.each(kMaxTileCols, [&](int i) {
     s.cols[i] = kNoUnit;
     if (i < kRows) s.rows[i] = i == 0 ? seed : kNoUnit;
@@ -166,7 +166,30 @@ BLOCK_SPARSE_HOST_DEVICE bool choose_rows(Team& team, BandState& s, const Tiling
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (void)(add(std::integral_constant<int, i + 1>{}) && ...);
   }(std::make_integer_sequence<int, kRows - 1>{});
-  return true;
+  return covered;
+}
+
+// Chooses the rows of the next tile; false where none is needed. In general it begins with the
+// first row that has units left: neighbouring tiles then share rows, and the last tiles of a band
+// few of those of the first. Where tiles have two rows only, it is the best tile of all: what a
+// tile can cover never grows, so that rows are tried until one is no worse than others were before.
+template <int kRows>
+BLOCK_SPARSE_HOST_DEVICE bool choose_rows(Team& team, BandState& s, const Tiling& t,
+                                          const Band& band) {
+  uint32_t tried = kNoUnit;
+  while (true) {
+    const uint32_t best = team.max(band.rows, [&](int r) -> uint32_t {
+      if (s.left[r] == 0) return 0;
+      return s.best[r] << 9 | (static_cast<uint32_t>(r) == tried) << 8 | (255 - r);
+    });
+    if (best == 0) return false;
+    const uint32_t seed = 255 - (best & 255);
+    if (seed == tried) return true;
+    const uint32_t covered = choose_rows<kRows>(team, s, t, band, seed);
+    if (kRows > SAMPLED_PATIENT) return true;
+    tried = seed;
+    team.each(1, [&](int) { s.best[seed] = covered; });
+  }
 }
 
 // Chooses the columns that most of the rows need. Where the first row has no more than a tile's
