@@ -71,7 +71,7 @@ def dense_calls(x, weight):
 def sparse_bsr_call(x, values, index, out_features):
     """torch's own block-sparse layer, or None where it does not run."""
     rows, cols = grid_shape((out_features, x.shape[1]), values.shape[1:])
-    crow, col = split_index(index, (rows, cols))[:2]
+    crow, col = split_index(index, (rows, cols), len(values))[:2]
     weight = torch.sparse_bsr_tensor(crow, col, values, (out_features, x.shape[1]))
     try:
         torch.nn.functional.linear(x, weight)
@@ -84,7 +84,7 @@ def sparse_calls(args, x, dy, values, index, out_features):
     calls = {
         "forward": lambda: ops.forward(x, values, index, None, out_features),
         "grad_input": lambda: ops.grad_input(dy, values, index, x.shape[1]),
-        "grad_weight": lambda: ops.grad_weight(dy, x, index, *args.block),
+        "grad_weight": lambda: ops.grad_weight(dy, x, index, *values.shape),
     }
     return {name: calls[name] for name in args.products}
 

@@ -169,10 +169,11 @@ def valid_call(rng):
             ),
             (
                 "grad_weight",
-                [dy, x, index, *block],
+                [dy, x, index, pattern.nnz, *block],
                 equal(lambda: dense_grad_weight(dy.double(), x.double(), pattern)),
             ),
             ("index_from_bsr", [pattern.crow_indices, pattern.col_indices, cols], equal_index),
+            ("with_walks", [index, rows, cols, pattern.nnz, *block], equal_index),
             ("index_from_mask", [mask], equal_index),
             ("index_from_blocks", [blocks, rows, cols], equal_index),
             ("index_random", [rows, cols, rng.randrange(rows * cols + 1), 5, False], None),
@@ -185,7 +186,9 @@ def valid_call(rng):
 
 def check_pattern(op, args, index):
     """What an index op returned must be the index of a pattern, whatever it was given."""
-    if op == "index_from_bsr":
+    if op == "with_walks":
+        rows, cols = args[1:3]
+    elif op == "index_from_bsr":
         rows, cols = args[0].numel() - 1, args[2]
     elif op == "index_from_mask":
         rows, cols = args[0].shape

@@ -84,7 +84,7 @@ def products(index, tokens, out_features, in_features, block, dtype):
         "forward": lambda: ops.forward(x, values, index, None, out_features),
         "forward with bias": lambda: ops.forward(x, values, index, bias, out_features),
         "grad_input": lambda: ops.grad_input(dy, values, index, in_features),
-        "grad_weight": lambda: ops.grad_weight(dy, x, index, *block),
+        "grad_weight": lambda: ops.grad_weight(dy, x, index, len(values), *block),
     }
 
 
@@ -154,7 +154,7 @@ def test_many_tokens_are_added_up_in_chunks(run_with, level, dtype):
     dy = torch.zeros(2100, 64, dtype=dtype)
     dy[::50] = integers(42, 64, dtype=dtype).clamp(-1, 1)
     x = integers(2100, 96, dtype=dtype).clamp(-1, 1)
-    call = {"grad_weight": lambda: ops.grad_weight(dy, x, index, 32, 32)}
+    call = {"grad_weight": lambda: ops.grad_weight(dy, x, index, 4, 32, 32)}
     check(run_with, "cpu_simd", level, call, "2100 tokens")
 
 

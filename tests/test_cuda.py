@@ -66,7 +66,7 @@ class Problem:
                 self.grad_output, self.values, self.index, self.input.shape[1]
             )
         return block_sparse.grad_weight(
-            self.grad_output, self.input, self.index, *self.values.shape[1:]
+            self.grad_output, self.input, self.index, *self.values.shape
         )
 
     def kernels(self, product: str) -> list[str]:

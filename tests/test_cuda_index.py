@@ -69,7 +69,7 @@ def test_a_corrupt_bsr_gives_an_index_and_no_invalid_access():
         values = torch.ones(pattern.nnz, 1, 1, device="cuda")
         y = block_sparse.forward(x, values, index, None, rows)
         block_sparse.grad_input(y, values, index, cols)
-        block_sparse.grad_weight(y, x, index, 1, 1)
+        block_sparse.grad_weight(y, x, index, pattern.nnz, 1, 1)
     torch.cuda.synchronize()
 
 

@@ -40,6 +40,7 @@ def test_fuzz_of_all_ops(seed):
         "grad_input",
         "grad_weight",
         "index_from_bsr",
+        "with_walks",
         "index_from_mask",
         "index_from_blocks",
         "index_random",
@@ -77,8 +78,8 @@ def grad_input(dy=DY, values=VALUES, index=INDEX, in_features=64):
     return ops.grad_input(dy, values, index, in_features)
 
 
-def grad_weight(dy=DY, x=X, index=INDEX, block_out=32, block_in=32):
-    return ops.grad_weight(dy, x, index, block_out, block_in)
+def grad_weight(dy=DY, x=X, index=INDEX, nnz=6, block_out=32, block_in=32):
+    return ops.grad_weight(dy, x, index, nnz, block_out, block_in)
 
 
 def corrupt(position, value):
@@ -194,7 +195,7 @@ CASES = {
     ),
     "grad_weight_index": (
         lambda: grad_weight(index=INDEX[2:]),
-        "index: has 29 entries; 3 x 2 blocks need 7 and 4",
+        "index: has 29 entries; 3 x 2 blocks with 6 present need 31",
     ),
     "mask_dtype": (
         lambda: namespace.index_from_mask(torch.ones(2, 2)),

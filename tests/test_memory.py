@@ -77,7 +77,7 @@ def test_a_product_allocates_its_output_and_the_workspace_that_explain_names(
     call = {
         "forward": lambda: ops.forward(x, values, pattern.index, bias, OUT),
         "grad_input": lambda: ops.grad_input(dy, values, pattern.index, IN),
-        "grad_weight": lambda: ops.grad_weight(dy, x, pattern.index, 32, 32),
+        "grad_weight": lambda: ops.grad_weight(dy, x, pattern.index, pattern.nnz, 32, 32),
     }[product]
     explanation = torch.ops.block_sparse.explain(values, product, tokens, OUT, IN, True)
     used, workspace = chosen_kernel(explanation)

@@ -27,13 +27,14 @@ def test_opcheck_of_the_products(block_shape, tokens, device):
     opcheck(namespace.forward.default, (x, values, index, bias, SHAPE[0]))
     opcheck(namespace.forward.default, (x, values.detach(), index, None, SHAPE[0]))
     opcheck(namespace.grad_input.default, (dy, values, index, SHAPE[1]))
-    opcheck(namespace.grad_weight.default, (dy, x, index, *block_shape))
+    opcheck(namespace.grad_weight.default, (dy, x, index, len(values), *block_shape))
 
 
 def test_opcheck_of_the_index_ops():
     pattern = pattern_of("random", (96, 160), (16, 16))
     bsr = (pattern.crow_indices, pattern.col_indices, pattern.grid[1])
     opcheck(namespace.index_from_bsr.default, bsr)
+    opcheck(namespace.with_walks.default, (pattern.index, *pattern.grid, pattern.nnz, 16, 16))
     opcheck(namespace.index_from_mask.default, (pattern.mask(),))
     opcheck(namespace.index_from_mask.default, (torch.zeros(0, 3, dtype=torch.bool),))
     opcheck(namespace.index_from_blocks.default, (torch.tensor([[0, 1], [2, 2]]), 3, 4))
@@ -53,6 +54,7 @@ def test_every_op_is_checked_above():
         "grad_input",
         "grad_weight",
         "index_from_bsr",
+        "with_walks",
         "index_from_mask",
         "index_from_blocks",
         "index_random",
@@ -90,7 +92,10 @@ def test_gradcheck_of_the_registered_ops(block_shape):
             (case.x, case.values, case.bias),
         ),
         (lambda dy, v: ops.grad_input(dy, v, case.index, SHAPE[1]), (case.dy, case.values)),
-        (lambda dy, x: ops.grad_weight(dy, x, case.index, *block_shape), (case.dy, case.x)),
+        (
+            lambda dy, x: ops.grad_weight(dy, x, case.index, len(case.values), *block_shape),
+            (case.dy, case.x),
+        ),
     ]
     for product, operands in products:
         assert gradcheck(product, operands)
@@ -222,7 +227,7 @@ def test_the_same_call_gives_the_same_bits_again():
         return (
             ops.forward(x, values, pattern.index, None, 160),
             ops.grad_input(dy, values, pattern.index, 160),
-            ops.grad_weight(dy, x, pattern.index, 32, 32),
+            ops.grad_weight(dy, x, pattern.index, pattern.nnz, 32, 32),
         )
 
     first = products()
@@ -240,7 +245,9 @@ def test_operands_are_left_as_they_were():
 
 def test_grad_weight_is_zero_outside_a_ragged_matrix():
     pattern = Pattern.full((11, 13), (4, 4))
-    dw = ops.grad_weight(small_integers(5, 11), small_integers(5, 13) + 100, pattern.index, 4, 4)
+    dw = ops.grad_weight(
+        small_integers(5, 11), small_integers(5, 13) + 100, pattern.index, pattern.nnz, 4, 4
+    )
     assert dw[pattern.row_indices == 2, 3:].eq(0).all()
     assert dw[pattern.col_indices == 3, :, 1:].eq(0).all()
     assert dw.ne(0).any()

@@ -35,7 +35,7 @@ def test_every_index_of_a_small_pattern(device):
         *(0, 3, 2, 3, 0, 2),
         *(0, 4, 2, 5, 1, 3),
     ]
-    parts = split_index(pattern.index, pattern.grid)
+    parts = split_index(pattern.index, pattern.grid, pattern.nnz)
     assert torch.equal(torch.cat(parts), pattern.index)
     assert parts.ccol_indices.tolist() == [0, 2, 4, 6]
     assert parts.trow_indices.tolist() == [0, 3, 2, 3, 0, 2]

@@ -84,7 +84,7 @@ class Products:
         if accepts(self.kernel, "grad_weight", self.tokens, values, pattern):
             yield (
                 "grad_weight",
-                ops.grad_weight(dy, x, index, *pattern.block_shape),
+                ops.grad_weight(dy, x, index, pattern.nnz, *pattern.block_shape),
                 lambda to: dense_grad_weight(to(dy), to(x), pattern),
             )
 
@@ -199,7 +199,7 @@ def test_any_strides_and_leading_dimensions(device, kernel, dtype, layout, leadi
         wanted = dense_grad_input(dy.double(), values.double(), pattern).to(dtype)
         assert dx.shape == (*leading, in_features) and torch.equal(dx, wanted)
     if accepts(kernel, "grad_weight", tokens, values, pattern):
-        dw = ops.grad_weight(dy, x, pattern.index, 16, 16)
+        dw = ops.grad_weight(dy, x, pattern.index, pattern.nnz, 16, 16)
         wanted = dense_grad_weight(dy.double(), x.double(), pattern).to(dtype)
         assert torch.equal(dw, wanted)
 
@@ -218,7 +218,7 @@ def test_no_features(device, kernel, shape, force_kernel):
     if accepts(kernel, "grad_input", 3, values, pattern):
         assert torch.equal(ops.grad_input(dy, values, pattern.index, shape[1]), torch.zeros_like(x))
     if accepts(kernel, "grad_weight", 3, values, pattern):
-        assert ops.grad_weight(dy, x, pattern.index, 32, 32).shape == (0, 32, 32)
+        assert ops.grad_weight(dy, x, pattern.index, 0, 32, 32).shape == (0, 32, 32)
 
 
 @each_kernel

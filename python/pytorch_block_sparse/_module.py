@@ -135,7 +135,7 @@ class PatternModule(nn.Module):
             if assign or self._index.is_meta:
                 self._set_pattern(pattern if assign else own(pattern))
             else:
-                self._index.copy_(pattern.index)
+                self._index.copy_(pattern.to(self._index.device).index)
 
     def _check_checkpoint(self, state_dict: dict[str, Any], prefix: str) -> Pattern:
         pattern = self._pattern_from_bsr(
@@ -170,4 +170,5 @@ class PatternModule(nn.Module):
 
 def own(pattern: Pattern) -> Pattern:
     """`pattern` in memory of its own: a layer changes its indices in place."""
-    return Pattern._from_index(pattern.index.clone(), pattern.shape, pattern.block_shape)
+    crow, col, index = pattern.crow_indices, pattern.col_indices, pattern.index_in_step()
+    return Pattern(crow.clone(), col.clone(), index.clone(), pattern.shape, pattern.block_shape)

@@ -10,6 +10,7 @@ _index_from_mask = torch.ops.block_sparse.index_from_mask
 _index_from_blocks = torch.ops.block_sparse.index_from_blocks
 _index_random = torch.ops.block_sparse.index_random
 _index_banded = torch.ops.block_sparse.index_banded
+_with_walks = torch.ops.block_sparse.with_walks
 
 _MAX_INT32 = 2**31 - 1
 
@@ -72,15 +73,25 @@ def index_size(grid: tuple[int, int], nnz: int) -> int:
     return rows + 1 + cols + 1 + 4 * nnz
 
 
-def index_nnz(index: Tensor, grid: tuple[int, int]) -> int:
-    """How many blocks a packed index has."""
-    return (index.numel() - index_size(grid, 0)) // 4
-
-
-def split_index(index: Tensor, grid: tuple[int, int]) -> IndexParts:
+def split_index(index: Tensor, grid: tuple[int, int], nnz: int) -> IndexParts:
     """The parts of a packed index, as ``include/block_sparse/pattern.h`` lays it out."""
-    (rows, cols), nnz = grid, index_nnz(index, grid)
-    return IndexParts(*index.split([rows + 1, nnz, nnz, cols + 1, nnz, nnz]))
+    rows, cols = grid
+    parts = index[: index_size(grid, nnz)].split([rows + 1, nnz, nnz, cols + 1, nnz, nnz])
+    return IndexParts(*parts)
+
+
+def with_walks(
+    index: Tensor, grid: tuple[int, int], nnz: int, block_shape: tuple[int, int]
+) -> Tensor:
+    """A packed index as kernels of its device want it.
+
+    Those of a GPU plan once per pattern in which order they take its blocks; the plan follows the
+    index in the same tensor. On the CPU there is none.
+    """
+    if index.is_cuda:
+        walked: Tensor = _with_walks(index, *grid, nnz, *block_shape)
+        return walked
+    return index
 
 
 class Pattern:
@@ -148,7 +159,9 @@ class Pattern:
     def _from_index(
         cls, index: Tensor, shape: tuple[int, int], block_shape: tuple[int, int]
     ) -> "Pattern":
-        parts = split_index(index, grid_shape(shape, block_shape))
+        grid = grid_shape(shape, block_shape)
+        nnz = (index.numel() - index_size(grid, 0)) // 4
+        parts = split_index(index, grid, nnz)
         crow, col = parts.crow_indices.clone(), parts.col_indices.clone()
         return cls(crow, col, index, shape, block_shape)
 
@@ -233,7 +246,8 @@ class Pattern:
                 f"crow_indices: has {crow.numel()} entries; {rows} block rows need {rows + 1}"
             )
         index = _index_from_bsr(crow.cpu(), col.cpu(), cols)
-        return cls(crow, col, index.to(crow.device), shape, block_shape)
+        index = with_walks(index.to(crow.device), (rows, cols), col.numel(), block_shape)
+        return cls(crow, col, index, shape, block_shape)
 
     @classmethod
     def random(
@@ -322,12 +336,12 @@ class Pattern:
     @property
     def row_indices(self) -> Tensor:
         """int32 ``[nnz]``: the block row of each block (a view of `index`)."""
-        return split_index(self.index, self.grid).row_indices
+        return split_index(self.index, self.grid, self.nnz).row_indices
 
     @property
     def permutation(self) -> Tensor:
         """int32 ``[nnz]``: the blocks ordered by block column, then block row (a view)."""
-        return split_index(self.index, self.grid).permutation
+        return split_index(self.index, self.grid, self.nnz).permutation
 
     def mask(self) -> Tensor:
         """bool ``[block_rows, block_cols]``: True where the block is present."""
@@ -340,12 +354,15 @@ class Pattern:
         index = self.index.to(device)
         if index is self.index:
             return self
+        if index.device.type != self.index.device.type:
+            bare = index[: index_size(self.grid, self.nnz)].clone()
+            index = with_walks(bare, self.grid, self.nnz, self.block_shape)
         crow, col = self.crow_indices.to(device), self.col_indices.to(device)
         return Pattern(crow, col, index, self.shape, self.block_shape)
 
     def t(self) -> "Pattern":
         """The pattern of the transposed weight. Its blocks are ordered as :attr:`permutation`."""
-        parts = split_index(self.index_in_step(), self.grid)
+        parts = split_index(self.index_in_step(), self.grid, self.nnz)
         ccol, trow = parts.ccol_indices.clone(), parts.trow_indices.clone()
         return Pattern.from_bsr(ccol, trow, self.shape[::-1], self.block_shape[::-1])
 

@@ -25,6 +25,11 @@ struct Device {
   // Memory safety of the indices: checked on the CPU; on a GPU the kernels clamp instead, since
   // looking would need a synchronisation.
   static void check_index(const PatternView& pattern);
+  // What kernels of this device plan once per pattern follows its indices: int32 entries of it, and
+  // the pattern with it.
+  static int64_t walks_size(GridShape grid, BlockShape block);
+  static void attach_walks(PatternView& pattern, BlockShape block, const int32_t* walks);
+  static void build_walks(const PatternView& pattern, BlockShape block, int32_t* walks);
 };
 
 // The ops, with their schemas in cpu.cpp.
@@ -32,8 +37,10 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
                const std::optional<Tensor>& bias, int64_t out_features);
 Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
                   int64_t in_features);
-Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index,
+Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index, int64_t nnz,
                    int64_t block_out, int64_t block_in);
+Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, int64_t nnz,
+                  int64_t block_out, int64_t block_in);
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
                     int64_t in_features, bool bias);
 

@@ -16,6 +16,12 @@ Execution Device::execution(const Tensor&) {
   return execution;
 }
 
+int64_t Device::walks_size(GridShape, BlockShape) { return 0; }
+
+void Device::attach_walks(PatternView&, BlockShape, const int32_t*) {}
+
+void Device::build_walks(const PatternView&, BlockShape, int32_t*) {}
+
 void Device::check_index(const PatternView& pattern) { check_bounds(pattern); }
 
 namespace {
@@ -85,7 +91,7 @@ STABLE_TORCH_LIBRARY(block_sparse, m) {
       "grad_input(Tensor grad_output, Tensor values, Tensor index, SymInt in_features) "
       "-> Tensor");
   m.def(
-      "grad_weight(Tensor grad_output, Tensor input, Tensor index, SymInt block_out, "
+      "grad_weight(Tensor grad_output, Tensor input, Tensor index, SymInt nnz, SymInt block_out, "
       "SymInt block_in) -> Tensor");
   // Which kernel would run, and why: for people.
   m.def(
@@ -93,6 +99,11 @@ STABLE_TORCH_LIBRARY(block_sparse, m) {
       "bool bias) -> str");
   // Packed indices of new patterns; everything is validated.
   m.def("index_from_bsr(Tensor crow_indices, Tensor col_indices, SymInt block_cols) -> Tensor");
+  // An index with what the kernels of its device plan for a block shape; on the CPU that is
+  // nothing.
+  m.def(
+      "with_walks(Tensor index, SymInt block_rows, SymInt block_cols, SymInt nnz, "
+      "SymInt block_out, SymInt block_in) -> Tensor");
   m.def("index_from_mask(Tensor mask) -> Tensor");
   m.def("index_from_blocks(Tensor blocks, SymInt block_rows, SymInt block_cols) -> Tensor");
   m.def("index_random(int block_rows, int block_cols, int nnz, int seed, bool balanced) -> Tensor");
@@ -105,6 +116,7 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CPU, m) {
   m.impl("grad_weight", TORCH_BOX(&binding::grad_weight));
   m.impl("explain", TORCH_BOX(&binding::explain));
   m.impl("index_from_bsr", TORCH_BOX(&binding::index_from_bsr));
+  m.impl("with_walks", TORCH_BOX(&binding::with_walks));
   m.impl("index_from_mask", TORCH_BOX(&binding::index_from_mask));
   m.impl("index_from_blocks", TORCH_BOX(&binding::index_from_blocks));
 }

@@ -9,6 +9,7 @@
 #include "binding.h"
 #include "block_sparse/check.h"
 #include "cuda/index.h"
+#include "cuda/sm90/walks.h"
 
 namespace block_sparse::binding {
 namespace {
@@ -42,6 +43,19 @@ Execution Device::execution(const Tensor& tensor) {
 
 // Looking at the indices would need a synchronisation: the kernels clamp what they read instead.
 void Device::check_index(const PatternView&) {}
+
+int64_t Device::walks_size(GridShape grid, BlockShape block) {
+  return cuda::sm90::walks_size(grid, block);
+}
+
+void Device::attach_walks(PatternView& pattern, BlockShape block, const int32_t* walks) {
+  cuda::sm90::attach_walks(pattern, block, walks);
+}
+
+void Device::build_walks(const PatternView& pattern, BlockShape block, int32_t* walks) {
+  cuda::sm90::build_walks(pattern, block, walks,
+                          current_stream(torch::stable::accelerator::getCurrentDeviceIndex()));
+}
 
 namespace {
 
@@ -91,5 +105,6 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CUDA, m) {
   m.impl("grad_input", TORCH_BOX(&binding::OnDevice<&binding::grad_input>::call));
   m.impl("grad_weight", TORCH_BOX(&binding::OnDevice<&binding::grad_weight>::call));
   m.impl("explain", TORCH_BOX(&binding::OnDevice<&binding::explain>::call));
+  m.impl("with_walks", TORCH_BOX(&binding::OnDevice<&binding::with_walks>::call));
   m.impl("index_from_bsr", TORCH_BOX(&binding::OnDevice<&binding::index_from_bsr>::call));
 }

@@ -53,12 +53,18 @@ BlockShape block_shape_of(const Tensor& values) {
 }
 
 // The indices as a view; `grid` comes from the sizes of the other tensors.
-PatternView pattern_of(const Tensor& index, GridShape grid) {
-  check(index.numel() == grid.index_size(), "index: has ", index.numel(), " entries; ",
-        grid.block_rows, " x ", grid.block_cols, " blocks with ", grid.nnz, " present need ",
-        grid.index_size());
-  PatternView pattern =
-      PatternView::of_packed(static_cast<const int32_t*>(index.const_data_ptr()), grid);
+PatternView pattern_of(const Tensor& index, const ProductDesc& desc) {
+  const GridShape grid = desc.grid();
+  const int64_t size = grid.index_size();
+  const auto* entries = static_cast<const int32_t*>(index.const_data_ptr());
+  PatternView pattern = PatternView::of_packed(entries, grid);
+  if (index.numel() != size) {
+    const int64_t walks = Device::walks_size(grid, desc.block);
+    check(index.numel() == size + walks, "index: has ", index.numel(), " entries; ",
+          grid.block_rows, " x ", grid.block_cols, " blocks with ", grid.nnz, " present need ",
+          size);
+    Device::attach_walks(pattern, desc.block, entries + size);
+  }
   Device::check_index(pattern);
   return pattern;
 }
@@ -172,11 +178,11 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
   const Rows x = rows_of("input", input, desc.in_features);
   const Tensor blocks = as_contiguous(values);
   desc.tokens = x.count;
-  desc.alignment = common_alignment({address(x.view.data), stride_bytes(x.view, desc.dtype),
-                                     address(blocks.const_data_ptr())});
+  desc.alignment = common_alignment(
+      {address(x.view.data), stride_bytes(x.view, desc.dtype), address(blocks.const_data_ptr())});
   ProductArgs args;
   args.x = x.view;
-  args.weight = {pattern_of(index, desc.grid()), blocks.const_data_ptr()};
+  args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
   std::optional<Tensor> contiguous_bias;
   if (bias) {
     check_same("bias", *bias, "values", values);
@@ -209,17 +215,17 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
   const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
   const Tensor blocks = as_contiguous(values);
   desc.tokens = dy.count;
-  desc.alignment = common_alignment({address(dy.view.data), stride_bytes(dy.view, desc.dtype),
-                                     address(blocks.const_data_ptr())});
+  desc.alignment = common_alignment(
+      {address(dy.view.data), stride_bytes(dy.view, desc.dtype), address(blocks.const_data_ptr())});
   ProductArgs args;
   args.dy = dy.view;
-  args.weight = {pattern_of(index, desc.grid()), blocks.const_data_ptr()};
+  args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
   Tensor output = allocate_like_rows(grad_output, in_features);
   run_product(desc, args, output);
   return output;
 }
 
-Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index,
+Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index, int64_t nnz,
                    int64_t block_out, int64_t block_in) {
   check(grad_output.dim() >= 1, "grad_output: must have at least one dimension");
   check(input.dim() >= 1, "input: must have at least one dimension");
@@ -234,12 +240,9 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   check_index_tensor("index", index);
   check_same_device("index", index, "grad_output", grad_output);
 
-  const GridShape grid = desc.grid();
-  const int64_t per_block = index.numel() - grid.index_size();  // nnz is not known yet: 4 nnz
-  check(per_block >= 0 && per_block % 4 == 0, "index: has ", index.numel(), " entries; ",
-        grid.block_rows, " x ", grid.block_cols, " blocks need ", grid.index_size(),
-        " and 4 more for each present block");
-  desc.nnz = per_block / 4;
+  desc.nnz = nnz;
+  check(nnz >= 0 && nnz <= std::numeric_limits<int32_t>::max(), "nnz: is ", nnz,
+        "; it must be in [0, 2^31)");
 
   const Rows dy = rows_of("grad_output", grad_output, desc.out_features);
   const Rows x = rows_of("input", input, desc.in_features);
@@ -250,10 +253,34 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   ProductArgs args;
   args.x = x.view;
   args.dy = dy.view;
-  args.weight = {pattern_of(index, desc.grid()), nullptr};
+  args.weight = {pattern_of(index, desc), nullptr};
   Tensor output = torch::stable::new_empty(input, {desc.nnz, block_out, block_in});
   run_product(desc, args, output);
   return output;
+}
+
+Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, int64_t nnz,
+                  int64_t block_out, int64_t block_in) {
+  check_index_tensor("index", index);
+  const BlockShape block{check_block("block_out", block_out), check_block("block_in", block_in)};
+  constexpr int64_t max = std::numeric_limits<int32_t>::max();
+  check(block_rows >= 0 && block_rows < max && block_cols >= 0 && block_cols < max && nnz >= 0 &&
+            nnz <= max,
+        "block_rows, block_cols, nnz: are ", block_rows, ", ", block_cols, ", ", nnz,
+        "; they must be in [0, 2^31)");
+  const GridShape grid{block_rows, block_cols, nnz};
+  const int64_t size = grid.index_size();
+  check(index.numel() == size, "index: has ", index.numel(), " entries; ", block_rows, " x ",
+        block_cols, " blocks with ", nnz, " present need ", size);
+  const int64_t walks = Device::walks_size(grid, block);
+  Tensor result = torch::stable::new_empty(index, {size + walks});
+  auto* entries = static_cast<int32_t*>(result.mutable_data_ptr());
+  Tensor head = torch::stable::narrow(result, 0, 0, size);
+  torch::stable::copy_(head, index);
+  if (walks > 0) {
+    Device::build_walks(PatternView::of_packed(entries, grid), block, entries + size);
+  }
+  return result;
 }
 
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,

@@ -17,7 +17,7 @@ def _save(ctx: Any, input: Tensor, values: Tensor, index: Tensor) -> None:
     needs_input, needs_values = ctx.needs_input_grad[:2]
     ctx.save_for_backward(input if needs_values else None, values if needs_input else None, index)
     ctx.in_features = input.shape[-1]
-    ctx.block_shape = values.shape[1:]
+    ctx.values_shape = values.shape
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -31,7 +31,7 @@ def _gradients_from(
     needs_input, needs_values, _, needs_bias, _ = ctx.needs_input_grad
     return (
         grad_input(grad_output, values, index, ctx.in_features) if needs_input else None,
-        grad_weight(grad_output, input, index, *ctx.block_shape) if needs_values else None,
+        grad_weight(grad_output, input, index, *ctx.values_shape) if needs_values else None,
         None,
         grad_output.sum_to_size(grad_output.shape[-1:]) if needs_bias else None,
         None,
@@ -75,7 +75,7 @@ def _grad_input_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
         grad_output if needs_values else None, values if needs_grad_output else None, index
     )
     ctx.out_features = grad_output.shape[-1]
-    ctx.block_shape = values.shape[1:]
+    ctx.values_shape = values.shape
 
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,14 +83,14 @@ def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad_output, needs_values = ctx.needs_input_grad[:2]
     return (
         forward(grad, values, index, None, ctx.out_features) if needs_grad_output else None,
-        grad_weight(grad_output, grad, index, *ctx.block_shape) if needs_values else None,
+        grad_weight(grad_output, grad, index, *ctx.values_shape) if needs_values else None,
         None,
         None,
     )
 
 
 def _grad_weight_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, input, index, _, _ = inputs
+    grad_output, input, index, _, _, _ = inputs
     needs_grad_output, needs_input = ctx.needs_input_grad[:2]
     ctx.save_for_backward(
         grad_output if needs_input else None, input if needs_grad_output else None, index
@@ -104,6 +104,7 @@ def _grad_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         forward(input, grad, index, None, ctx.out_features) if needs_grad_output else None,
         grad_input(grad_output, grad, index, ctx.in_features) if needs_input else None,
+        None,
         None,
         None,
         None,

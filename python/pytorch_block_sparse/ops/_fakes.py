@@ -6,7 +6,7 @@ They check what would give a tensor of the wrong kind; sizes are checked when th
 import torch
 from torch import Tensor
 
-from ..pattern import grid_shape, index_nnz, index_size
+from ..pattern import index_size
 
 
 def _check_fake(index: Tensor, **operands: Tensor | None) -> None:
@@ -38,11 +38,10 @@ def _grad_input_fake(
 
 @torch.library.register_fake("block_sparse::grad_weight")
 def _grad_weight_fake(
-    grad_output: Tensor, input: Tensor, index: Tensor, block_out: int, block_in: int
+    grad_output: Tensor, input: Tensor, index: Tensor, nnz: int, block_out: int, block_in: int
 ) -> Tensor:
     _check_fake(index, grad_output=grad_output, input=input)
-    grid = grid_shape((grad_output.shape[-1], input.shape[-1]), (block_out, block_in))
-    return input.new_empty((index_nnz(index, grid), block_out, block_in))
+    return input.new_empty((nnz, block_out, block_in))
 
 
 @torch.library.register_fake("block_sparse::index_from_bsr")
@@ -53,6 +52,15 @@ def _index_from_bsr_fake(crow_indices: Tensor, col_indices: Tensor, block_cols: 
         )
     size = index_size((crow_indices.numel() - 1, block_cols), col_indices.numel())
     return crow_indices.new_empty(size)
+
+
+@torch.library.register_fake("block_sparse::with_walks")
+def _with_walks_fake(
+    index: Tensor, block_rows: int, block_cols: int, nnz: int, block_out: int, block_in: int
+) -> Tensor:
+    if index.device.type == "cpu":
+        return index.new_empty(index.numel())
+    return index.new_empty(torch.library.get_ctx().new_dynamic_size(min=2))
 
 
 @torch.library.register_fake("block_sparse::index_from_mask")

@@ -56,7 +56,7 @@ class Forward(_Bilinear):
         input, values, index = ctx.saved_tensors
         return (
             GradInput.apply(grad, values, index, input.shape[-1]),
-            GradWeight.apply(grad, input, index, *values.shape[1:]),
+            GradWeight.apply(grad, input, index, *values.shape),
             None,
             None,
         )
@@ -76,7 +76,7 @@ class GradInput(_Bilinear):
         grad_output, values, index = ctx.saved_tensors
         return (
             Forward.apply(grad, values, index, grad_output.shape[-1]),
-            GradWeight.apply(grad_output, grad, index, *values.shape[1:]),
+            GradWeight.apply(grad_output, grad, index, *values.shape),
             None,
             None,
         )
@@ -89,9 +89,14 @@ class GradInput(_Bilinear):
 class GradWeight(_Bilinear):
     @staticmethod
     def forward(
-        grad_output: Tensor, input: Tensor, index: Tensor, block_out: int, block_in: int
+        grad_output: Tensor,
+        input: Tensor,
+        index: Tensor,
+        nnz: int,
+        block_out: int,
+        block_in: int,
     ) -> Tensor:
-        return grad_weight(grad_output, input, index, block_out, block_in)
+        return grad_weight(grad_output, input, index, nnz, block_out, block_in)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,6 +104,7 @@ class GradWeight(_Bilinear):
         return (
             Forward.apply(input, grad, index, grad_output.shape[-1]),
             GradInput.apply(grad_output, grad, index, input.shape[-1]),
+            None,
             None,
             None,
             None,

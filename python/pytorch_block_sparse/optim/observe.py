@@ -148,12 +148,12 @@ class CandidateGradients(GradientWatcher):
         self.inputs = InputSquares(layer)
         dtype = torch.promote_types(layer.values.dtype, torch.float32)
         self.sum = torch.zeros((len(ids), *layer.block_shape), dtype=dtype, device=ids.device)
-        self._index = indices_of(ids, layer.pattern.grid)[2]
+        self._index = indices_of(ids, layer.pattern)[2]
         super().__init__(layer)
 
     def _add(self, input: Tensor, gradient: Tensor) -> None:
         x = input.to(gradient.dtype)
-        self.sum += ops.grad_weight(gradient, x, self._index, *self.layer.block_shape)
+        self.sum += ops.grad_weight(gradient, x, self._index, *self.sum.shape)
         self.inputs.add(input)
 
     def norms(self, *, per_input_rms: bool = False, group: Any = None) -> Tensor:

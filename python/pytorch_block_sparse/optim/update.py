@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..linear import BlockSparseLinear
 from ..matrix import BlockSparseMatrix, zero_outside_
-from ..pattern import Pattern
+from ..pattern import Pattern, with_walks
 
 Blocks = Tensor | list[tuple[int, int]]
 
@@ -110,7 +110,7 @@ def replace_blocks_(
     for tensor in moving:
         tensor.copy_(tensor[order].masked_fill_(fresh[:, None, None], 0))
 
-    crow, col, index = indices_of(moved, pattern.grid)
+    crow, col, index = indices_of(moved, pattern)
     pattern.crow_indices.copy_(crow)
     pattern.col_indices.copy_(col)
     pattern.index.copy_(index)
@@ -176,7 +176,7 @@ def compact_(
                 name: item[kept] if id(item) in moving else item for name, item in state.items()
             }
     layer.values = new
-    crow, col, index = indices_of(present[kept], pattern.grid)
+    crow, col, index = indices_of(present[kept], pattern)
     layer._set_pattern(Pattern(crow, col, index, pattern.shape, pattern.block_shape))
     return new
 
@@ -197,13 +197,17 @@ def absent_ids(pattern: Pattern) -> Tensor:
     return absent.nonzero().squeeze(1)
 
 
-def indices_of(ids: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """crow_indices, col_indices and packed index of ascending block ids, on their device."""
-    rows, cols = grid
+def indices_of(ids: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
+    """crow_indices, col_indices and packed index of ascending block ids, on their device.
+
+    Shape and block shape are those of `pattern`.
+    """
+    rows, cols = pattern.grid
     starts = torch.arange(rows + 1, device=ids.device) * cols
     crow = torch.searchsorted(ids, starts).to(torch.int32)
     col = (ids % max(cols, 1)).to(torch.int32)
-    return crow, col, torch.ops.block_sparse.index_from_bsr(crow, col, cols)
+    index = torch.ops.block_sparse.index_from_bsr(crow, col, cols)
+    return crow, col, with_walks(index, pattern.grid, len(ids), pattern.block_shape)
 
 
 # --- what the optimizer keeps ---------------------------------------------------------------------

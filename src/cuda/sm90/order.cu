@@ -41,8 +41,8 @@ int64_t shared_bytes(const Lines& lines) {
   return (padded + padded / 2) * (lines.words + 1) * int64_t{sizeof(int32_t)};
 }
 
-// Rearranges the items so that neighbours (2k, 2k + 1) overlap more. In each round every group meets
-// another one, and all rounds make each meet all others.
+// Rearranges the items so that neighbours (2k, 2k + 1) overlap more. In each round every group
+// meets another one, and all rounds make each meet all others.
 __device__ void pair_up(int items, int words, const uint32_t* masks, int* at) {
   const int groups = items / 2, players = groups + groups % 2;
   const auto overlap = [&](int a, int b) {
@@ -124,7 +124,7 @@ void build_order(const PatternView& pattern, bool transposed, int32_t* order, vo
                                     static_cast<int>(bytes)),
                "build_order");
     choose_order<<<1, kThreads, static_cast<size_t>(bytes), stream_of(stream)>>>(lines, padded,
-                                                                                  order);
+                                                                                 order);
   }
   check_cuda(cudaGetLastError(), "build_order");
 }

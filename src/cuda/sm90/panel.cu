@@ -41,6 +41,7 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   params.walk = {kTransposed ? pattern.ccol : pattern.crow,
                  kTransposed ? pattern.trow : pattern.col,
                  kTransposed ? pattern.perm : nullptr,
+                 kTransposed ? pattern.col_order : pattern.row_order,
                  static_cast<int>(grid.nnz),
                  static_cast<int>(kTransposed ? grid.block_cols : grid.block_rows),
                  static_cast<int>(s.block_m),

@@ -96,11 +96,24 @@ struct PanelWalk {
   const int32_t* start;  // [lines + 1]
   const int32_t* cross;  // [nnz] block index along K, ascending within a line
   const int32_t* perm;   // [nnz] block number, or null: the entry itself
+  const int32_t* order;  // in which lines come into panels, or null: as they are
   int nnz;
   int lines;
   int block_m, block_k;
 
   __device__ int clamp(int entry) const { return min(max(entry, 0), nnz); }
+
+  // The line and the 64 rows of it that the given group of all panels is; -1: none.
+  struct Group {
+    int line, part;
+  };
+  __device__ Group group(int number) const {
+    const int parts = block_m / kGroupRows;
+    int line = number / parts;
+    if (line < (lines + 3) / 4 * 4 && order != nullptr) line = order[line];
+    if (line < 0 || line >= lines) line = -1;
+    return {line, number % parts * kGroupRows};
+  }
 };
 
 // In which order tiles are taken: token tiles in bunches, so that their x stays in L2 while all
@@ -183,7 +196,6 @@ class Panel {
     const int lane = threadIdx.x % 32;
     const PanelWalk& w = params_.walk;
     const int tiles = static_cast<int>(params_.raster.tiles());
-    const int parts = w.block_m / kGroupRows;
     int slot = 0;
     uint32_t parity = 1;
     auto emit = [&](int4 head, int row) {  // `row`: lane g has that of group g
@@ -212,12 +224,14 @@ class Panel {
       int panel, tokens;
       params_.raster.at(tile, panel, tokens);
       const int token = tokens * kCluster * Config::kTokens;
-      const int group = panel * kPanelGroups + lane;
-      const int line = group / parts, part = group % parts * kGroupRows;
-      int entry = 0, end = 0;
-      if (lane < kPanelGroups && line < w.lines) {
-        entry = w.clamp(w.start[line]);
-        end = w.clamp(w.start[line + 1]);
+      int entry = 0, end = 0, part = 0;
+      if (lane < kPanelGroups) {
+        const auto group = w.group(panel * kPanelGroups + lane);
+        part = group.part;
+        if (group.line >= 0) {
+          entry = w.clamp(w.start[group.line]);
+          end = w.clamp(w.start[group.line + 1]);
+        }
       }
       auto cross = [&] { return entry < end ? w.cross[entry] : INT_MAX; };
       auto block = [&] { return entry >= end ? -1 : kTransposed ? w.perm[entry] : entry; };
@@ -398,9 +412,11 @@ class Panel {
       for (int g = 0; g < Config::kGroups; ++g) {
 #pragma unroll
         for (float& sum : sums[g]) cute::warpgroup_fence_operand(sum);
-        const int group = what.panel * kPanelGroups + warpgroup * Config::kGroups + g;
-        store.rows(sums[g], group * kGroupRows, what.token, static_cast<const T*>(params_.bias),
-                   params_.features_m);
+        const auto group =
+            params_.walk.group(what.panel * kPanelGroups + warpgroup * Config::kGroups + g);
+        if (group.line < 0) continue;
+        store.rows(sums[g], group.line * params_.walk.block_m + group.part, what.token,
+                   static_cast<const T*>(params_.bias), params_.features_m);
       }
     }
     store.finish();
