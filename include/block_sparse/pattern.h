@@ -29,9 +29,6 @@ struct PatternView {
   const int32_t* ccol = nullptr;  // [block_cols + 1]  first entry of each block column below
   const int32_t* trow = nullptr;  // [nnz]             block row, by block column, then block row
   const int32_t* perm = nullptr;  // [nnz]             block number, in the same order
-  // What a kernel takes together, planned for a block shape on the pattern's device; null where
-  // there is none (src/cuda/sm90/tiles.h).
-  const int32_t* tiles = nullptr;
 
   // What GPU kernels plan once per pattern (src/cuda/sm90/walks.h); null where nothing is planned.
   const int32_t* row_order = nullptr;  // in which block rows are taken into panels

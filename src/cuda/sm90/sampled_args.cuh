@@ -5,9 +5,7 @@
 #include "cuda/sm90/schedule.h"
 #include "cuda/sm90/tiles.h"
 
-namespace block_sparse::cuda::sm90 {
-
-namespace sampled_product {
+namespace block_sparse::cuda::sm90::sampled_product {
 
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
@@ -34,7 +32,7 @@ constexpr int kSharedBytes = sizeof(SampledShared) + 1024;  // to align it
 struct SampledArgs {
   Tiling tiling;
   const int32_t* tiles;
-  const uint16_t* retiled;  // x as retile.cuh orders it, for blocks 16 wide
+  const uint16_t* retiled;  // x as retile.cuh orders it, for narrow units
   int64_t retiled_cols;
   void* values;
   int64_t nnz, block_out, block_in;
@@ -61,5 +59,4 @@ struct TileReader {
   }
 };
 
-}  // namespace sampled_product
-}  // namespace block_sparse::cuda::sm90
+}  // namespace block_sparse::cuda::sm90::sampled_product
