@@ -24,17 +24,19 @@ add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
   src/cuda/index.cu
   src/cuda/sm90/order.cu
+  src/cuda/sm90/strip.cu
+  src/cuda/sm90/tiles.cu
   src/cuda/sm90/walks.cpp
   src/cuda/reference.cu
-  src/cuda/sm90/strip.cu
-  src/cuda/sm90/strip_forward.cu
-  src/cuda/sm90/strip_grad_input.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 
 # Hopper's own instructions exist for Hopper only.
 add_library(block_sparse_sm90 OBJECT
   src/cuda/sm90/panel.cu
+  src/cuda/sm90/sampled.cu
+  src/cuda/sm90/strip_forward.cu
+  src/cuda/sm90/strip_grad_input.cu
 )
 set_target_properties(block_sparse_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
 target_link_libraries(block_sparse_sm90 PRIVATE block_sparse_cutlass)

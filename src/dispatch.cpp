@@ -16,6 +16,7 @@ std::span<const Kernel> kernels(Backend backend) {
   static const Kernel list[] = {
       cuda::sm90::panel(),
       cuda::sm90::strip(),
+      cuda::sm90::sampled(),
       cuda::reference(),
   };
 #else

@@ -14,8 +14,9 @@ Kernel reference();   // src/reference.cpp
 
 namespace cuda {
 namespace sm90 {
-Kernel panel();  // src/cuda/sm90/panel.cu
-Kernel strip();  // src/cuda/sm90/strip.cu
+Kernel panel();    // src/cuda/sm90/panel.cu
+Kernel sampled();  // src/cuda/sm90/sampled.cu
+Kernel strip();    // src/cuda/sm90/strip.cu
 }  // namespace sm90
 Kernel reference();  // src/cuda/reference.cu
 }  // namespace cuda

@@ -20,8 +20,10 @@ struct Box {
 
 // A row-major matrix [rows, cols] of 16-bit elements, read or written in boxes. What a box reads
 // outside is zero, what it writes there is dropped. `swizzle_bytes`: 32, 64 or 128, or 0 for none.
-inline CUtensorMap tensor_map(const void* data, Dtype dtype, int64_t rows, int64_t cols,
-                              int64_t row_stride, Box box, int swizzle_bytes) {
+// `promotion`: how much the L2 cache fetches at once.
+inline CUtensorMap tensor_map(
+    const void* data, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, Box box,
+    int swizzle_bytes, CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* found = nullptr;
@@ -45,7 +47,7 @@ inline CUtensorMap tensor_map(const void* data, Dtype dtype, int64_t rows, int64
       &map,
       dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
       const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     throw std::runtime_error(concat("block_sparse: cuTensorMapEncodeTiled: error ",
                                     static_cast<int>(error), " for a matrix of ", rows, " x ", cols,
