@@ -7,6 +7,7 @@ set(BLOCK_SPARSE_CORE_SOURCES
 add_library(block_sparse_core STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
   src/cpu/simd_kernel.cpp
+  src/packed.cpp
   src/reference.cpp
 )
 target_link_libraries(block_sparse_core PUBLIC block_sparse_flags)

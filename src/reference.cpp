@@ -1,12 +1,18 @@
 // The reference kernel of the CPU: plain loops, double accumulation. Last in the list.
 #include "reference.h"
 
+#include "block_sparse/check.h"
 #include "kernels.h"
 
 namespace block_sparse::cpu {
 namespace {
 
-Refusal why_not(const ProductDesc&) { return std::nullopt; }
+Refusal why_not(const ProductDesc& desc) {
+  if (desc.packed && desc.product != Product::forward) {
+    return concat("reads packed values in forward only, not in ", to_string(desc.product));
+  }
+  return std::nullopt;
+}
 
 int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "block_sparse/dtype.h"
+#include "block_sparse/packed.h"
 #include "block_sparse/product.h"
 
 namespace block_sparse::reference {
@@ -28,15 +29,16 @@ BLOCK_SPARSE_HOST_DEVICE T forward(const ProductDesc& desc, const ProductArgs& a
   const PatternView& pattern = args.weight.pattern;
   const T* x = row<T>(args.x, token);
   const int64_t block_row = out / desc.block.out;
+  PackedOrder order = packed_order(desc.dtype, desc.block);
+  order.transposed = order.transposed && desc.packed;
   const int64_t begin = clamp(pattern.crow[block_row], desc.nnz);
   const int64_t end = clamp(pattern.crow[block_row + 1], desc.nnz);
   Sum sum = 0;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = clamp(pattern.col[block], pattern.grid.block_cols) * desc.block.in;
-    const T* w = static_cast<const T*>(args.weight.values) +
-                 (block * desc.block.out + out % desc.block.out) * desc.block.in;
+    const T* w = static_cast<const T*>(args.weight.values) + block * desc.block.out * desc.block.in;
     for (int64_t k = 0; k < desc.block.in && first + k < desc.in_features; ++k) {
-      sum += load<Sum>(x[first + k]) * load<Sum>(w[k]);
+      sum += load<Sum>(x[first + k]) * load<Sum>(w[order.offset(out % desc.block.out, k)]);
     }
   }
   if (desc.epilogue == Epilogue::bias) sum += load<Sum>(static_cast<const T*>(args.bias)[out]);

@@ -163,6 +163,17 @@ def valid_call(rng):
                 equal(lambda: dense_forward(x.double(), values.double(), pattern, None)),
             ),
             (
+                "forward_packed",
+                [x, namespace.pack(values), index, None, shape[0], *block],
+                equal(lambda: dense_forward(x.double(), values.double(), pattern, None)),
+            ),
+            (
+                "unpack",
+                [namespace.pack(values), *block],
+                equal(lambda: values),
+            ),
+            ("pack", [values], None),
+            (
                 "grad_input",
                 [dy, values, index, shape[1]],
                 equal(lambda: dense_grad_input(dy.double(), values.double(), pattern)),

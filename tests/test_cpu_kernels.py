@@ -13,7 +13,7 @@ from pytorch_block_sparse.testing import kernel_names
 ops = torch.ops.block_sparse
 
 KERNELS = [name for name in kernel_names() if name != "cpu_reference"]
-LEVELS = ["avx512_bf16", "avx512", "avx2", "baseline"]
+LEVELS = ["avx512_bf16", "avx512", "avx2", "baseline", "neon"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BLOCKS = [(32, 32), (16, 16), (64, 64), (8, 8), (4, 4), (1, 16), (16, 1), (32, 1), (1, 32)]
 BLOCKS += [(48, 80), (128, 128), (24, 40), (5, 7), (1, 1), (2, 6)]
@@ -121,6 +121,35 @@ def test_equals_reference(run_with, threads, kernel, block, dtype, level):
         assert compared == len(TOKENS) * 2 * len(calls), "it takes everything"
     if block == (32, 32):
         assert compared > 0, "every kernel takes some of these"
+
+
+@needs_level
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b[0] % 16 == 0], ids=str)
+def test_packed_values_give_what_canonical_ones_do(run_with, threads, block, dtype, level):
+    for number, (tokens, ragged) in enumerate(product(TOKENS, (False, True))):
+        out_features = 5 * block[0] - (block[0] // 3 if ragged else 0)
+        in_features = 9 * block[1] - (block[1] // 3 if ragged else 0)
+        index = ops.index_random(5, 9, [11, 45][number % 2], number, False)
+        threads(1 + number % 2)
+        values = integers([11, 45][number % 2], *block, dtype=dtype)
+        x, bias = integers(tokens, in_features, dtype=dtype), integers(out_features, dtype=dtype)
+        packed = ops.pack(values)
+        actual = run_with(
+            "cpu_panel",
+            level,
+            lambda x=x, packed=packed, index=index, bias=bias, out_features=out_features: (
+                ops.forward_packed(x, packed, index, bias, out_features, *block)
+            ),
+        )
+        expected = run_with(
+            "cpu_reference",
+            "",
+            lambda x=x, values=values, index=index, bias=bias, out_features=out_features: (
+                ops.forward(x, values, index, bias, out_features)
+            ),
+        )
+        assert torch.equal(actual, expected), (tokens, ragged)
 
 
 def masks():

@@ -37,6 +37,9 @@ def test_fuzz_of_all_ops(seed):
     assert counts["refused"] > 5_000 and counts["done"] > 1_000
     for op in (
         "forward",
+        "forward_packed",
+        "pack",
+        "unpack",
         "grad_input",
         "grad_weight",
         "index_from_bsr",

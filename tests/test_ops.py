@@ -30,6 +30,19 @@ def test_opcheck_of_the_products(block_shape, tokens, device):
     opcheck(namespace.grad_weight.default, (dy, x, index, len(values), *block_shape))
 
 
+@each_block_shape
+@pytest.mark.parametrize("tokens", [(), (3,), (2, 0), (2, 3)], ids=str)
+def test_opcheck_of_the_packed_ops(block_shape, tokens):
+    case = Case(block_shape, tokens)
+    x, values, bias = case.x.detach(), case.values.detach(), case.bias.detach()
+    packed = namespace.pack(values)
+    opcheck(namespace.pack.default, (values,))
+    opcheck(namespace.unpack.default, (packed, *block_shape))
+    sizes = (SHAPE[0], *block_shape)
+    opcheck(namespace.forward_packed.default, (x, packed, case.index, bias, *sizes))
+    opcheck(namespace.forward_packed.default, (x, packed, case.index, None, *sizes))
+
+
 def test_opcheck_of_the_index_ops():
     pattern = pattern_of("random", (96, 160), (16, 16))
     bsr = (pattern.crow_indices, pattern.col_indices, pattern.grid[1])
@@ -51,6 +64,9 @@ def test_every_op_is_checked_above():
     }
     checked = {
         "forward",
+        "forward_packed",
+        "pack",
+        "unpack",
         "grad_input",
         "grad_weight",
         "index_from_bsr",

@@ -16,7 +16,7 @@ struct BlockShape {
 // last block row or column reaches outside; what lies outside is stored and never used.
 struct MatrixView {
   PatternView pattern;
-  const void* values = nullptr;  // [nnz, block.out, block.in], contiguous, in BSR order
+  const void* values = nullptr;  // [nnz, block.out, block.in], contiguous, in BSR order, or packed
 };
 
 // Row-major, elements of a row adjacent. `row_stride` counts elements.

@@ -12,6 +12,7 @@ from .linear import BlockSparseLinear
 from .matrix import BlockSparseMatrix
 from .patch import BlockSparseModelPatcher
 from .pattern import Pattern
+from .prepacked import PrepackedLinear
 from .reference import PseudoBlockSparseLinear
 
 __version__ = version("pytorch_block_sparse")
@@ -21,6 +22,7 @@ __all__ = [
     "BlockSparseMatrix",
     "BlockSparseModelPatcher",
     "Pattern",
+    "PrepackedLinear",
     "PseudoBlockSparseLinear",
     "ops",
 ]

@@ -1,6 +1,7 @@
 """BlockSparseLinear: a drop-in for ``torch.nn.Linear`` whose weight is block sparse."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from . import ops
 from ._module import DTYPES, PatternModule, own
 from .matrix import BlockSparseMatrix, largest_blocks, zero_outside_
 from .pattern import Pattern, check_block_shape, check_density, grid_shape
+
+if TYPE_CHECKING:
+    from .prepacked import PrepackedLinear
 
 
 class BlockSparseLinear(PatternModule):
@@ -171,6 +175,17 @@ class BlockSparseLinear(PatternModule):
                 f"input: must be [..., in_features={self.in_features}], got {list(input.shape)}"
             )
         return ops.linear(input, self.values, self._index, self.bias, self.out_features)
+
+    def prepack(self) -> "PrepackedLinear":
+        """This layer for serving on the CPU: a module that holds the values in the kernels' order.
+
+        It is faster than this layer, most of all for few tokens, and cannot be trained; its
+        :meth:`~PrepackedLinear.unpack` gives a layer again. Replace this layer by it, or both hold
+        a copy of the values.
+        """
+        from .prepacked import PrepackedLinear  # it is made of this class
+
+        return PrepackedLinear(self)
 
     def explain(self, tokens: int, product: str = "forward") -> str:
         """Which kernel runs `product` (forward, grad_input or grad_weight), and why not others."""

@@ -79,6 +79,7 @@ template <class F>
 auto with_panel(const ProductDesc& desc, const F& f) {
   return with_math(desc, [&](auto math) {
     using Math = decltype(math);
+    if (desc.packed) return f(std::type_identity<Panel<Math, Product::forward, true>>());
     if (desc.product == Product::forward) {
       return f(std::type_identity<Panel<Math, Product::forward>>());
     }

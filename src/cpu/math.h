@@ -78,6 +78,10 @@ struct Widened {
   }
 };
 
+template <class Math>
+inline constexpr bool kWidened =
+    std::is_same_v<typename Math::Packed, float> && sizeof(typename Math::Storage) == 2;
+
 #ifdef __AVX512BF16__
 // bfloat16, two at a time: an instruction multiplies pairs and adds both products to a float.
 struct Pairs : Widened<BFloat16> {

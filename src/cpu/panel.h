@@ -1,10 +1,12 @@
 // Panel: forward and grad_input with the outputs as lanes. A tile of tokens x outputs sums over all
 // entries of its output block in registers and is stored once, where it belongs: the output, which
 // is the largest operand, is never re-ordered. x is copied into columns, a block is a vector per
-// step; in forward it is transposed first, once per chunk of tokens. Not for few tokens (a block is
-// brought into form for each chunk), nor for blocks whose output side is no multiple of the lanes.
+// step; in forward it is transposed first, once per chunk of tokens, unless the values are packed.
+// Canonical ones: not for few tokens (a block is brought into form for each chunk). Never for
+// blocks whose output side is no multiple of the lanes.
 #pragma once
 
+#include "block_sparse/packed.h"
 #include "block_sparse/product.h"
 #include "cpu/blocks.h"
 #include "cpu/columns.h"
@@ -14,7 +16,7 @@
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
-template <class Math, Product kProduct>
+template <class Math, Product kProduct, bool kPacked = false>
 class Panel {
   using Storage = typename Math::Storage;
   using Packed = typename Math::Packed;
@@ -28,7 +30,7 @@ class Panel {
   static constexpr int64_t kColumn = BLOCK_SPARSE_LEVEL::kColumn<Packed>;
   // Canonical blocks are [out][in]: for grad_input each row is a vector of outputs.
   static constexpr bool kInPlace =
-      kProduct == Product::grad_input && Math::kDepth == 1 && sizeof(Storage) == sizeof(Packed);
+      kPacked || (kProduct == Product::grad_input && Math::kDepth == 1 && !kWidened<Math>);
   // Blocks up to this size stay in the last cache: they are brought into form once, and then, as
   // when they are read in place, a chunk of x that stays in the second cache is best. Larger ones
   // are read, and brought into form, once per chunk: few chunks.
@@ -68,6 +70,7 @@ class Panel {
   Panel(const ProductDesc& desc, const ProductArgs& args, void* workspace)
       : walk_(Walk::of<kProduct>(desc, args.weight.pattern)),
         block_(desc.block),
+        pair_(packed_order(desc.dtype, desc.block).pair),
         x_(kForward ? args.x : args.dy),
         values_(static_cast<const Storage*>(args.weight.values)),
         bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
@@ -77,7 +80,7 @@ class Panel {
         column_stride_(column_stride(desc)),
         columns_(static_cast<Packed*>(workspace)),
         prepare_all_(prepares_all(desc)),
-        fetch_blocks_(kForward && !prepare_all_ && block_bytes(desc) >= kFetchedBytes),
+        fetch_blocks_(kForward && !kInPlace && !prepare_all_ && block_bytes(desc) >= kFetchedBytes),
         prepared_(columns_ + columns(desc) * column_stride_) {}
 
   static int64_t steps_of(int64_t features) { return (features + Math::kDepth - 1) / Math::kDepth; }
@@ -91,6 +94,7 @@ class Panel {
                     : desc.block.in * steps_of(desc.block.out);
   }
   static int64_t block_bytes(const ProductDesc& desc) {
+    if (kPacked) return desc.nnz * desc.block.out * desc.block.in * int64_t{sizeof(Storage)};
     return desc.nnz * block_elements(desc) * int64_t{sizeof(Packed)};
   }
   static bool prepares_all(const ProductDesc& desc) {
@@ -232,20 +236,43 @@ class Panel {
     }
   }
 
-  // Where the vectors of an entry are, and how far apart.
+  // The vectors of a slice in an entry from a step on, with those of `next` to be fetched.
   template <int kWide>
-  BLOCK_SPARSE_INLINE const Packed* block(const Slice& slice, int64_t entry) const {
-    if constexpr (kInPlace) {
-      return values_ + walk_.number[entry] * block_.out * block_.in + slice.row;
+  BLOCK_SPARSE_INLINE auto vectors_of(const Slice& slice, int64_t entry, int64_t next,
+                                      int64_t step) const {
+    if constexpr (kPacked) {
+      const auto at = [&](int64_t e) {
+        return values_ + e * block_.out * block_.in + slice.row * pair_;
+      };
+      if constexpr (kWidened<Math>) {
+        return WidenedVectors<Math, kWide>{at(entry), at(next), block_.out, pair_, step};
+      } else {
+        return in_place<kWide>(at(entry), at(next), block_.out, step);
+      }
+    } else if constexpr (kInPlace) {
+      const auto at = [&](int64_t e) {
+        return values_ + walk_.number[e] * block_.out * block_.in + slice.row;
+      };
+      return in_place<kWide>(at(entry), at(next), block_.in, step);
     } else {
-      return slice.prepared + (entry - slice.entries.begin) * steps() * (kWide * kLane);
+      constexpr int64_t kStride = kWide * kLane;
+      const auto at = [&](int64_t e) {
+        return slice.prepared + ((e - slice.entries.begin) * steps() + step) * kStride;
+      };
+      return Vectors<Packed, kWide>{at(entry), kStride, at(next), kStride};
     }
+  }
+  template <int kWide>
+  BLOCK_SPARSE_INLINE static Vectors<Packed, kWide> in_place(const Storage* block,
+                                                             const Storage* next, int64_t stride,
+                                                             int64_t step) {
+    return {reinterpret_cast<const Packed*>(block) + step * stride, stride,
+            reinterpret_cast<const Packed*>(next) + step * stride, stride};
   }
 
   template <int kHigh, int kWide>
   __attribute__((noinline)) void run_tile(const Slice& slice, int64_t token, const Packed* x,
                                           const Later& later) const {
-    const int64_t stride = kInPlace ? block_.in : kWide * kLane;
     Tile<Math, kHigh, kWide> tile;
     if (later.tokens > 0) fetch_tokens(later, slice);
     const auto column = [&](const Packed* from, int64_t step) {
@@ -263,14 +290,10 @@ class Panel {
       const int64_t next = last ? slice.entries.begin : entry + 1;
       const Packed* x_ahead = last ? x + kHigh * kColumn : x;
       const int64_t ahead = walk_.depth[next] * walk_.depth_block / Math::kDepth - begin;
-      const Packed* w = block<kWide>(slice, entry);
-      const Packed* w_ahead = block<kWide>(slice, next);
       for (int64_t step = begin; step < end;) {
         const int64_t count = std::min(kColumn - step % kColumn, end - step);
         tile.multiply(Column<Packed, kColumn>{column(x, step), column(x_ahead, step + ahead)},
-                      Vectors<Packed, kWide>{w, stride, w_ahead, stride}, count);
-        w += count * stride;
-        w_ahead += count * stride;
+                      vectors_of<kWide>(slice, entry, next, step - begin), count);
         step += count;
       }
     }
@@ -281,6 +304,7 @@ class Panel {
 
   Walk walk_;
   BlockShape block_;
+  int64_t pair_;  // of packed values
   ConstDenseView x_;
   const Storage* values_;
   const Storage* bias_;

@@ -8,33 +8,20 @@
 
 namespace block_sparse::cpu {
 
-// Each is defined by its own compilation of level.cpp (cmake/cpu_levels.cmake).
-#ifdef __x86_64__
-namespace avx512_bf16 {
-extern const Level level;
-}
-namespace avx512 {
-extern const Level level;
-}
-namespace avx2 {
-extern const Level level;
-}
-#endif
-namespace baseline {
-extern const Level level;
-}
+// Each is defined by its own compilation of level.cpp. cmake/cpu_levels.cmake lists them as
+// X(name), from the best to the one that every machine supports.
+#define X(name)             \
+  namespace name {          \
+  extern const Level level; \
+  }
+BLOCK_SPARSE_LEVELS
+#undef X
 
 namespace {
 
-// From the best to the baseline, which every machine supports.
-const Level* const kLevels[] = {
-#ifdef __x86_64__
-    &avx512_bf16::level,
-    &avx512::level,
-    &avx2::level,
-#endif
-    &baseline::level,
-};
+#define X(name) &name::level,
+const Level* const kLevels[] = {BLOCK_SPARSE_LEVELS};
+#undef X
 
 std::string names_of_supported() {
   std::string names;
@@ -58,17 +45,23 @@ const Level& level() {
     throw Error(concat("BLOCK_SPARSE_ISA: there is no level '", forced,
                        "'; this machine supports: ", names_of_supported()));
   }
-  static const Level* const best = [] {
+  static const Level* const best = []() -> const Level* {
     for (const Level* level : kLevels) {
       if (level->supported()) return level;
     }
-    __builtin_unreachable();
+    throw Error("no instruction set level that was built runs on this machine");
   }();
   return *best;
 }
 
+constexpr const char* kNotPacked = "reads values in canonical order, not packed ones";
+
 Kernel simd() {
-  return {"cpu_simd", [](const ProductDesc&) -> Refusal { return std::nullopt; },
+  return {"cpu_simd",
+          [](const ProductDesc& desc) -> Refusal {
+            if (desc.packed) return kNotPacked;
+            return std::nullopt;
+          },
           [](const ProductDesc& desc, const Execution& execution) {
             return level().any.workspace(desc, execution);
           },
@@ -80,6 +73,10 @@ Kernel simd() {
 Kernel panel() {
   return {"cpu_panel",
           [](const ProductDesc& desc) -> Refusal {
+            if (desc.packed) {  // in whole vectors, of any level
+              if (desc.product == Product::forward) return std::nullopt;
+              return "reads packed values in forward only";
+            }
             // In forward the blocks are transposed first: that takes many tokens to pay.
             const int64_t kMinTokens = desc.product == Product::forward ? 128 : 32;
             if (desc.product == Product::grad_weight) return "computes no grad_weight";
@@ -105,6 +102,7 @@ Kernel few_tokens() {
   return {"cpu_few_tokens",
           [](const ProductDesc& desc) -> Refusal {
             constexpr int64_t kMaxTokens = 8, kMinBlock = 16;
+            if (desc.packed) return kNotPacked;
             if (desc.product == Product::grad_weight) return "computes no grad_weight";
             if (desc.tokens > kMaxTokens) {
               return concat("is for at most ", kMaxTokens, " tokens, not ", desc.tokens);

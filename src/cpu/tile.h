@@ -54,6 +54,24 @@ struct Vectors {
     return load(data + step * stride + v * kLanes<Packed>);
   }
 };
+// Packed values of sixteen bits (packed.h), widened on the way into the registers. Of a pair, the
+// lower and the upper half of one lane are bfloat16 of two steps.
+template <class Math, int kFetched>
+struct WidenedVectors {
+  using Storage = typename Math::Storage;
+  const Storage* data;
+  const Storage* ahead;
+  int64_t outputs, pair, first;
+
+  BLOCK_SPARSE_INLINE Vec<float> operator()(int v, int64_t step) const {
+    const int64_t at = (first + step) / pair * pair * outputs + v * kLanes<float> * pair;
+    if (v < kFetched && v * kVectorBytes % 128 == 0) __builtin_prefetch(ahead + at);
+    if (pair == 1) return Math::load(data + at);
+    const Vec<uint32_t> pairs = load(reinterpret_cast<const uint32_t*>(data + at));
+    const uint32_t upper = (first + step) & 1;
+    return reinterpret_cast<Vec<float>>(pairs << (16 - 16 * upper) & 0xffff0000u);
+  }
+};
 template <class Packed, int kVectors>
 struct GatheredVectors {
   const Packed* data[kVectors];

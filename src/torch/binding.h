@@ -35,6 +35,9 @@ struct Device {
 // The ops, with their schemas in cpu.cpp.
 Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
                const std::optional<Tensor>& bias, int64_t out_features);
+Tensor forward_packed(const Tensor& input, const Tensor& packed, const Tensor& index,
+                      const std::optional<Tensor>& bias, int64_t out_features, int64_t block_out,
+                      int64_t block_in);
 Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
                   int64_t in_features);
 Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index, int64_t nnz,
@@ -42,8 +45,16 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
 Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, int64_t nnz,
                   int64_t block_out, int64_t block_in);
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
-                    int64_t in_features, bool bias);
+                    int64_t in_features, bool bias, bool packed);
 
+// Throws unless the dtype is one of ours.
+Dtype dtype_of(const char* name, const Tensor& tensor);
+int64_t check_block(const char* name, int64_t value);
+// Of values [nnz, block_out, block_in]; of packed ones [nnz, block_out * block_in].
+BlockShape block_shape_of(const Tensor& values);
+BlockShape block_shape_of_packed(const Tensor& packed, int64_t block_out, int64_t block_in);
+// Itself where it is contiguous: asking torch costs a trip through its dispatcher.
+Tensor as_contiguous(const Tensor& tensor);
 // Throws unless `tensor` is a contiguous int32 tensor of one dimension.
 void check_index_tensor(const char* name, const Tensor& tensor);
 void check_same_device(const char* name, const Tensor& tensor, const char* other_name,

@@ -1,6 +1,7 @@
 // The library _C: the schemas of all ops, and their CPU side.
 #include "binding.h"
 #include "block_sparse/check.h"
+#include "block_sparse/packed.h"
 
 namespace block_sparse::binding {
 
@@ -77,6 +78,26 @@ Tensor index_banded(int64_t block_rows, int64_t block_cols, int64_t bandwidth) {
   return to_tensor(Pattern::banded(block_rows, block_cols, bandwidth));
 }
 
+Tensor pack(const Tensor& values) {
+  const Dtype dtype = dtype_of("values", values);
+  const BlockShape block = block_shape_of(values);
+  const Tensor blocks = as_contiguous(values);
+  Tensor packed = torch::stable::new_empty(values, {values.size(0), block.out * block.in});
+  block_sparse::pack(dtype, block, values.size(0), blocks.const_data_ptr(),
+                     packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor unpack(const Tensor& packed, int64_t block_out, int64_t block_in) {
+  const Dtype dtype = dtype_of("packed", packed);
+  const BlockShape block = block_shape_of_packed(packed, block_out, block_in);
+  const Tensor blocks = as_contiguous(packed);
+  Tensor values = torch::stable::new_empty(packed, {packed.size(0), block.out, block.in});
+  block_sparse::unpack(dtype, block, packed.size(0), blocks.const_data_ptr(),
+                       values.mutable_data_ptr());
+  return values;
+}
+
 }  // namespace
 }  // namespace block_sparse::binding
 
@@ -93,10 +114,17 @@ STABLE_TORCH_LIBRARY(block_sparse, m) {
   m.def(
       "grad_weight(Tensor grad_output, Tensor input, Tensor index, SymInt nnz, SymInt block_out, "
       "SymInt block_in) -> Tensor");
+  // Forward from packed values (include/block_sparse/packed.h): [nnz, block_out * block_in], in the
+  // order that the CPU's kernels read best. No gradients.
+  m.def(
+      "forward_packed(Tensor input, Tensor packed, Tensor index, Tensor? bias, "
+      "SymInt out_features, SymInt block_out, SymInt block_in) -> Tensor");
+  m.def("pack(Tensor values) -> Tensor");
+  m.def("unpack(Tensor packed, SymInt block_out, SymInt block_in) -> Tensor");
   // Which kernel would run, and why: for people.
   m.def(
       "explain(Tensor values, str product, int tokens, int out_features, int in_features, "
-      "bool bias) -> str");
+      "bool bias, bool packed=False) -> str");
   // Packed indices of new patterns; everything is validated.
   m.def("index_from_bsr(Tensor crow_indices, Tensor col_indices, SymInt block_cols) -> Tensor");
   // An index with what the kernels of its device plan for a block shape; on the CPU that is
@@ -114,6 +142,9 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CPU, m) {
   m.impl("forward", TORCH_BOX(&binding::forward));
   m.impl("grad_input", TORCH_BOX(&binding::grad_input));
   m.impl("grad_weight", TORCH_BOX(&binding::grad_weight));
+  m.impl("forward_packed", TORCH_BOX(&binding::forward_packed));
+  m.impl("pack", TORCH_BOX(&binding::pack));
+  m.impl("unpack", TORCH_BOX(&binding::unpack));
   m.impl("explain", TORCH_BOX(&binding::explain));
   m.impl("index_from_bsr", TORCH_BOX(&binding::index_from_bsr));
   m.impl("with_walks", TORCH_BOX(&binding::with_walks));

@@ -5,27 +5,12 @@
 
 #include "binding.h"
 #include "block_sparse/check.h"
+#include "block_sparse/packed.h"
 
 namespace block_sparse::binding {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-Dtype dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      throw Error(concat(name, ": dtype must be float64, float32, bfloat16 or float16, got ",
-                         torch::headeronly::toString(tensor.scalar_type())));
-  }
-}
 
 void check_same(const char* name, const Tensor& tensor, const char* other_name,
                 const Tensor& other) {
@@ -38,18 +23,6 @@ int64_t check_features(const char* name, int64_t value) {
   check(value >= 0 && value <= std::numeric_limits<int32_t>::max(), name, ": is ", value,
         "; it must be in [0, 2^31)");
   return value;
-}
-
-int64_t check_block(const char* name, int64_t value) {
-  check(value >= 1 && value <= std::numeric_limits<int32_t>::max(), name,
-        ": a block must have at least one element and fewer than 2^31 in each direction, got ",
-        value);
-  return value;
-}
-
-BlockShape block_shape_of(const Tensor& values) {
-  check(values.dim() == 3, "values: must be [nnz, block_out, block_in], got ", describe(values));
-  return {check_block("values", values.size(1)), check_block("values", values.size(2))};
 }
 
 // The indices as a view; `grid` comes from the sizes of the other tensors.
@@ -67,11 +40,6 @@ PatternView pattern_of(const Tensor& index, const ProductDesc& desc) {
   }
   Device::check_index(pattern);
   return pattern;
-}
-
-// Itself where it is contiguous: asking torch costs a trip through its dispatcher.
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // A dense operand [..., features] as rows. Copies only what is neither contiguous nor a matrix
@@ -134,6 +102,46 @@ void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output
 
 }  // namespace
 
+Dtype dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      throw Error(concat(name, ": dtype must be float64, float32, bfloat16 or float16, got ",
+                         torch::headeronly::toString(tensor.scalar_type())));
+  }
+}
+
+int64_t check_block(const char* name, int64_t value) {
+  check(value >= 1 && value <= std::numeric_limits<int32_t>::max(), name,
+        ": a block must have at least one element and fewer than 2^31 in each direction, got ",
+        value);
+  return value;
+}
+
+BlockShape block_shape_of(const Tensor& values) {
+  check(values.dim() == 3, "values: must be [nnz, block_out, block_in], got ", describe(values));
+  return {check_block("values", values.size(1)), check_block("values", values.size(2))};
+}
+
+BlockShape block_shape_of_packed(const Tensor& packed, int64_t block_out, int64_t block_in) {
+  const BlockShape block{check_block("block_out", block_out), check_block("block_in", block_in)};
+  check(
+      packed.dim() == 2 && packed.size(1) / block_in == block_out && packed.size(1) % block_in == 0,
+      "packed: must be [nnz, ", block_out, " * ", block_in, "], got ", describe(packed));
+  return block;
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 void check_index_tensor(const char* name, const Tensor& tensor) {
   check(tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1 && tensor.is_contiguous(),
         name, ": must be a contiguous int32 tensor of one dimension, got ", describe(tensor));
@@ -159,16 +167,19 @@ void check_same_device(const char* name, const Tensor& tensor, const char* other
         name, ": is on ", device_name(tensor), ", but ", other_name, " on ", device_name(other));
 }
 
-Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
-               const std::optional<Tensor>& bias, int64_t out_features) {
+// `packed`: values are [nnz, block_out * block_in] in packed order, else canonical.
+static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape block, bool packed,
+                         const Tensor& index, const std::optional<Tensor>& bias,
+                         int64_t out_features) {
   check(input.dim() >= 1, "input: must have at least one dimension");
   ProductDesc desc;
   desc.product = Product::forward;
   desc.dtype = dtype_of("values", values);
+  desc.packed = packed && packed_order(desc.dtype, block).transposed;
   desc.epilogue = bias ? Epilogue::bias : Epilogue::none;
   desc.out_features = check_features("out_features", out_features);
   desc.in_features = check_features("input", input.size(input.dim() - 1));
-  desc.block = block_shape_of(values);
+  desc.block = block;
   desc.nnz = values.size(0);
   check_same("input", input, "values", values);
   check_same_device("values", values, "input", input);
@@ -195,6 +206,18 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
   Tensor output = allocate_like_rows(input, out_features);
   run_product(desc, args, output);
   return output;
+}
+
+Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
+               const std::optional<Tensor>& bias, int64_t out_features) {
+  return forward_of(input, values, block_shape_of(values), false, index, bias, out_features);
+}
+
+Tensor forward_packed(const Tensor& input, const Tensor& packed, const Tensor& index,
+                      const std::optional<Tensor>& bias, int64_t out_features, int64_t block_out,
+                      int64_t block_in) {
+  const BlockShape block = block_shape_of_packed(packed, block_out, block_in);
+  return forward_of(input, packed, block, true, index, bias, out_features);
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
@@ -284,7 +307,7 @@ Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, i
 }
 
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
-                    int64_t in_features, bool bias) {
+                    int64_t in_features, bool bias, bool packed) {
   ProductDesc desc;
   desc.product = product_from_string(product);
   desc.dtype = dtype_of("values", values);
@@ -295,6 +318,7 @@ std::string explain(const Tensor& values, std::string product, int64_t tokens, i
   desc.in_features = check_features("in_features", in_features);
   desc.block = block_shape_of(values);
   desc.nnz = values.size(0);
+  desc.packed = packed && packed_order(desc.dtype, desc.block).transposed;
   return block_sparse::explain(Device::backend(), desc, Device::execution(values));
 }
 

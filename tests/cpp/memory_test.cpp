@@ -2,11 +2,10 @@
 // among threads and walked in several chunks, and indices that are wrong but pass check_bounds.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <random>
 
 #include "block_sparse/check.h"
-#include "cpu/level.h"
+#include "levels.h"
 #include "problem.h"
 
 namespace block_sparse {
@@ -23,23 +22,6 @@ Execution in_parts(int threads) {
     for (int64_t i = count; i > 0; --i) body(context, i - 1, i);
   };
   return execution;
-}
-
-// Calls f with each instruction set of this machine forced.
-template <class F>
-void for_each_level(const F& f) {
-  for (const char* name : {"avx512_bf16", "avx512", "avx2", "baseline"}) {
-    SCOPED_TRACE(name);
-    ::setenv("BLOCK_SPARSE_ISA", name, 1);
-    bool supported = true;
-    try {
-      cpu::level();
-    } catch (const Error&) {
-      supported = false;
-    }
-    if (supported) f();
-    ::unsetenv("BLOCK_SPARSE_ISA");
-  }
 }
 
 TEST(MemoryTest, LargeProductsInPartsAndChunks) {

@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "block_sparse/packed.h"
 #include "kernel.h"
 
 namespace block_sparse {
@@ -159,10 +160,13 @@ inline Numbers result_of(const Kernel& kernel, Problem& p, const Execution& exec
   Buffer x(dtype, p.x.numbers), dy(dtype, p.dy.numbers), values(dtype, p.values),
       bias(dtype, p.bias), out(dtype, output.numbers);
 
+  Buffer packed(dtype, p.values);
+  if (desc.packed) pack(dtype, desc.block, desc.nnz, values.data(), packed.data());
+
   ProductArgs args;
   if (desc.product != Product::grad_input) args.x = {x.data(), p.x.stride};
   if (desc.product != Product::forward) args.dy = {dy.data(), p.dy.stride};
-  args.weight = {pattern, sampled ? nullptr : values.data()};
+  args.weight = {pattern, sampled ? nullptr : desc.packed ? packed.data() : values.data()};
   if (desc.epilogue == Epilogue::bias) args.bias = bias.data();
   args.output = {out.data(), output.stride};
   const auto alignment = std::align_val_t{64};

@@ -12,6 +12,9 @@ forward      y = x Wt + bias                      grad_input(dy, W)        grad_
 grad_input   dx = dy W                            forward(g, W)            grad_weight(dy, g)
 grad_weight  dW = dyt x at the present blocks     forward(x, G)            grad_input(dy, G)
 ===========  ===================================  =======================  =======================
+
+``forward_packed`` is ``forward`` for serving on the CPU, without gradients: its values are in the
+order of ``pack``, which ``unpack`` undoes.
 """
 
 import torch
@@ -20,10 +23,19 @@ from torch import Tensor
 from . import _fakes  # noqa: F401  (registers them)
 from ._autocast import autocast_operands
 from ._autograd import EagerLinear
-from ._products import forward, grad_input, grad_weight
+from ._products import forward, forward_packed, grad_input, grad_weight, pack, unpack
 from ._transforms import GradInput, is_transformed, transformable_linear
 
-__all__ = ["forward", "grad_input", "grad_weight", "left_linear", "linear"]
+__all__ = [
+    "forward",
+    "forward_packed",
+    "grad_input",
+    "grad_weight",
+    "left_linear",
+    "linear",
+    "pack",
+    "unpack",
+]
 
 
 def linear(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._products import forward, grad_input, grad_weight
+from ._products import forward, forward_packed, grad_input, grad_weight
 
 
 def autocast_operands(device_type: str, *operands: Tensor | None) -> list[Tensor | None]:
@@ -41,6 +41,14 @@ def _register_autocast(device_type: str) -> None:
 
         _autocast_library.impl(name, autocast_product, key)
 
+    def autocast_packed(input: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+        # The values are in an order that depends on their dtype: the input follows them.
+        if input.is_floating_point() and input.dtype != torch.float64:
+            input = input.to(packed.dtype)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return forward_packed(input, packed, *rest)
+
+    _autocast_library.impl("forward_packed", autocast_packed, key)
     register("forward", forward)
     register("grad_input", grad_input)
     register("grad_weight", grad_weight)

@@ -28,6 +28,34 @@ def _forward_fake(
     return input.new_empty((*input.shape[:-1], out_features))
 
 
+@torch.library.register_fake("block_sparse::forward_packed")
+def _forward_packed_fake(
+    input: Tensor,
+    packed: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    block_out: int,
+    block_in: int,
+) -> Tensor:
+    _check_fake(index, input=input, packed=packed, bias=bias)
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
+@torch.library.register_fake("block_sparse::pack")
+def _pack_fake(values: Tensor) -> Tensor:
+    if values.dim() != 3:
+        raise ValueError(f"values: must be [nnz, block_out, block_in], got {list(values.shape)}")
+    return values.new_empty((values.shape[0], values.shape[1] * values.shape[2]))
+
+
+@torch.library.register_fake("block_sparse::unpack")
+def _unpack_fake(packed: Tensor, block_out: int, block_in: int) -> Tensor:
+    if packed.dim() != 2:
+        raise ValueError(f"packed: must be [nnz, block_out * block_in], got {list(packed.shape)}")
+    return packed.new_empty((packed.shape[0], block_out, block_in))
+
+
 @torch.library.register_fake("block_sparse::grad_input")
 def _grad_input_fake(
     grad_output: Tensor, values: Tensor, index: Tensor, in_features: int

@@ -3,5 +3,8 @@
 import torch
 
 forward = torch.ops.block_sparse.forward.default
+forward_packed = torch.ops.block_sparse.forward_packed.default
 grad_input = torch.ops.block_sparse.grad_input.default
 grad_weight = torch.ops.block_sparse.grad_weight.default
+pack = torch.ops.block_sparse.pack.default
+unpack = torch.ops.block_sparse.unpack.default

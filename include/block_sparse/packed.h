@@ -1,0 +1,39 @@
+// Packed: the order of values that serving reads. It is made once and explicitly (`pack`), holds
+// the same elements in the same number of bytes, and serves forward only. It depends on nothing but
+// the dtype and the block: what was packed on one machine is read by every instruction set of
+// another.
+#pragma once
+
+#include <cstdint>
+
+#include "block_sparse/dtype.h"
+#include "block_sparse/matrix.h"
+
+namespace block_sparse {
+
+// How the elements of a block lie. Blocks stay in BSR order.
+struct PackedOrder {
+  BlockShape block;
+  // True: [in / pair][out][pair], so that a step of the depth finds its outputs side by side.
+  // False: canonical, where the outputs fill no vectors.
+  bool transposed;
+  int64_t pair;  // inputs side by side: two where an instruction multiplies pairs
+
+  // Of output n and input k, from the beginning of the block.
+  constexpr int64_t offset(int64_t n, int64_t k) const {
+    if (!transposed) return n * block.in + k;
+    return (k / pair * block.out + n) * pair + k % pair;
+  }
+};
+
+constexpr PackedOrder packed_order(Dtype dtype, BlockShape block) {
+  const int64_t lanes = dtype == Dtype::f64 ? 8 : 16;  // of the widest vectors that there are
+  const int64_t pair = dtype == Dtype::bf16 && block.in % 2 == 0 ? 2 : 1;
+  return {block, block.out % lanes == 0, pair};
+}
+
+// [nnz, block.out, block.in] in canonical order to packed order, and back.
+void pack(Dtype dtype, BlockShape block, int64_t nnz, const void* values, void* packed);
+void unpack(Dtype dtype, BlockShape block, int64_t nnz, const void* packed, void* values);
+
+}  // namespace block_sparse
