@@ -33,6 +33,8 @@ struct ProductDesc {
   int64_t nnz = 0;
   // Bytes, a power of two up to 16: what all addresses and row strides are multiples of.
   int64_t alignment = 16;
+  // The pattern brings what a GPU's kernels plan for it.
+  bool planned = false;
   // The values are in packed order (packed.h), which is not the canonical one. Forward only.
   bool packed = false;
 

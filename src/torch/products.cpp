@@ -277,6 +277,7 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   args.x = x.view;
   args.dy = dy.view;
   args.weight = {pattern_of(index, desc), nullptr};
+  desc.planned = args.weight.pattern.tiles != nullptr;
   Tensor output = torch::stable::new_empty(input, {desc.nnz, block_out, block_in});
   run_product(desc, args, output);
   return output;
@@ -319,6 +320,7 @@ std::string explain(const Tensor& values, std::string product, int64_t tokens, i
   desc.block = block_shape_of(values);
   desc.nnz = values.size(0);
   desc.packed = packed && packed_order(desc.dtype, desc.block).transposed;
+  desc.planned = Device::walks_size(desc.grid(), desc.block) > 0;
   return block_sparse::explain(Device::backend(), desc, Device::execution(values));
 }
 

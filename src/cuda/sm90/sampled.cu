@@ -22,6 +22,7 @@ Refusal why_not(const ProductDesc& desc) {
                   " blocks; the kernel needs at least one and at most ", kMaxUnits,
                   " pieces of up to 64 features a side");
   }
+  if (!desc.planned) return "the index has no tiles behind it (the op with_walks plans them)";
   return why_not_hopper(desc);
 }
 
