@@ -194,6 +194,7 @@ static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape b
   ProductArgs args;
   args.x = x.view;
   args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
+  desc.planned = args.weight.pattern.tiles != nullptr;
   std::optional<Tensor> contiguous_bias;
   if (bias) {
     check_same("bias", *bias, "values", values);
@@ -243,6 +244,7 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
   ProductArgs args;
   args.dy = dy.view;
   args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
+  desc.planned = args.weight.pattern.tiles != nullptr;
   Tensor output = allocate_like_rows(grad_output, in_features);
   run_product(desc, args, output);
   return output;

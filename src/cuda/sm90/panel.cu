@@ -79,23 +79,14 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
 // clang-format off
 //                            groups tokens slab stages slots cluster store
 using Large  = PanelConfig<         1,   256,  64,     4,    8,      2,   64>;
-// Four block rows share a step, so that less of x is loaded for each block: the blocks of a random
-// pattern meet L2's limit first.
-using Mixed  = PanelConfig<         2,   192,  64,     4,   12,      2,   64>;
 using Narrow = PanelConfig<         1,   256,  32,     8,   16,      2,   64>;
 // clang-format on
 
 // Calls f with the configuration for `desc`.
 template <class F>
 void with_config(const ProductDesc& desc, const F& f) {
-  const Sides s = sides(desc);
-  if (s.block_k % 64 != 0) return f(std::type_identity<Narrow>{});
-  // A block of 128 fills both consumers of Large by itself. Where few blocks are present, hardly
-  // any share a column, and the larger tile only waits longer for its end.
-  const GridShape grid = desc.grid();
-  const bool dense = 5 * desc.nnz >= grid.block_rows * grid.block_cols;
-  if (s.block_m % 128 != 0 && dense) return f(std::type_identity<Mixed>{});
-  return f(std::type_identity<Large>{});
+  return sides(desc).block_k % 64 == 0 ? f(std::type_identity<Large>{})
+                                       : f(std::type_identity<Narrow>{});
 }
 
 Refusal why_not(const ProductDesc& desc) {
