@@ -30,8 +30,8 @@ test: setup test-cpp  ## all tests: C++ (where GoogleTest is found), then Python
 	python -m pytest
 
 bench: setup  ## time the products against torch's dense ones, and check the bars
-	python benchmarks/linear.py
 	python benchmarks/overhead.py
+	python benchmarks/bars.py
 
 lint: setup  ## formatting, style and types
 	ruff check .

@@ -10,6 +10,8 @@ import pathlib
 import statistics
 import sys
 
+import bars
+
 HERE = pathlib.Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
@@ -76,6 +78,20 @@ def gpu_section(path):
     yield ""
 
 
+def bars_section(path):
+    """What bars.py says of a file, line by line."""
+    data = json.loads(path.read_text())
+    about = data["about"]
+    yield f"**Bars** ({about['cpu']}, {about['capability']}, torch {about['torch']},"
+    yield f"{about['date']}; `{about['command']}`): useful rate over the best dense rate, mean"
+    yield "and worst cell."
+    yield ""
+    yield "```"
+    yield from (text for text, _ in bars.report([row | about for row in data["results"]]))
+    yield "```"
+    yield ""
+
+
 def figures():
     yield BEGIN
     yield "## Measured"
@@ -89,6 +105,8 @@ def figures():
         yield from section(path)
     for path in sorted((HERE / "results").glob("gpu_*.json")):
         yield from gpu_section(path)
+    for path in sorted((HERE / "results").glob("bars_*.json")):
+        yield from bars_section(path)
     yield END
 
 

@@ -2,8 +2,10 @@
 
 Dense and sparse calls are timed in turn in one process (dense, ours, dense, ours, ...), medians
 compared. "Best dense" is the fastest of ``F.linear``, oneDNN with packed weights and the same with
-plain weights; grad_input and grad_weight are held against the dense *forward*. The ratio is useful
-flops per second over dense flops per second: 1.0 at density 0.25 means four times as fast.
+plain weights; grad_input and grad_weight are held against the dense *forward*, a training step
+(forward and both gradients through a layer, everything counted) against three of them, and against
+the step of ``nn.Linear``. The ratio is useful flops per second over dense flops per second: 1.0 at
+density 0.25 means four times as fast.
 
 For a GPU see gpu.py.
 
@@ -23,10 +25,13 @@ from datetime import date
 
 import torch
 
+from pytorch_block_sparse import BlockSparseLinear, Pattern
 from pytorch_block_sparse.pattern import grid_shape, split_index
 
 ops = torch.ops.block_sparse
 SHAPES = ["3072x768", "768x3072", "4096x4096"]  # out x in
+MIN_SECONDS = 3e-4  # of a sample
+PRODUCTS = ["forward", "prepacked", "grad_input", "grad_weight", "step"]
 
 
 def pair(text):
@@ -34,7 +39,7 @@ def pair(text):
     return int(first), int(second)
 
 
-def arguments():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -42,7 +47,7 @@ def arguments():
     parser.add_argument("--block", type=pair, default=(32, 32))
     parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512, 2048])
-    parser.add_argument("--products", nargs="+", default=["forward", "grad_input", "grad_weight"])
+    parser.add_argument("--products", nargs="+", default=PRODUCTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
@@ -56,7 +61,7 @@ def arguments():
     )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def dense_calls(x, weight):
@@ -82,25 +87,47 @@ def sparse_bsr_call(x, values, index, out_features):
     return lambda: torch.nn.functional.linear(x, weight)
 
 
+def training_step(layer, x, dy):
+    def step():
+        with torch.enable_grad():
+            layer.zero_grad()
+            layer(x.detach().requires_grad_()).backward(dy)
+
+    return step
+
+
 def sparse_calls(args, x, dy, values, index, out_features):
+    packed = ops.pack(values)
     calls = {
         "forward": lambda: ops.forward(x, values, index, None, out_features),
+        "prepacked": lambda: ops.forward_packed(x, packed, index, None, out_features, *args.block),
         "grad_input": lambda: ops.grad_input(dy, values, index, x.shape[1]),
         "grad_weight": lambda: ops.grad_weight(dy, x, index, *values.shape),
     }
+    if "step" in args.products:
+        shape = (out_features, x.shape[1])
+        rows, cols = grid_shape(shape, args.block)
+        pattern = Pattern.from_bsr(*split_index(index, (rows, cols))[:2], shape, args.block)
+        layer = BlockSparseLinear(*shape[::-1], bias=False, pattern=pattern, dtype=x.dtype)
+        calls["step"] = training_step(layer, x, dy)
     return {name: calls[name] for name in args.products}
 
 
 def in_turn(args, calls):
-    """Median seconds of each call."""
+    """Median seconds of each call; short ones are taken several times in a row."""
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     times = {name: [] for name in calls}
-    for repeat in range(-1, args.repeats):  # the first round warms up
+    each = 1
+    for repeat in range(-2, args.repeats):  # the first rounds warm up
+        start_of_round = clock()
         for name, call in calls.items():
             start = clock()
-            call()
+            for _ in range(each):
+                call()
             if repeat >= 0:
-                times[name].append(clock() - start)
+                times[name].append((clock() - start) / each)
+        if repeat == -2:
+            each = math.ceil(MIN_SECONDS * len(calls) / max(1e-7, clock() - start_of_round))
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
@@ -111,6 +138,7 @@ def measure(args):
             x = torch.randn(tokens, in_features).to(dtype)
             dy = torch.randn(tokens, out_features).to(dtype)
             dense = dense_calls(x, torch.randn(out_features, in_features).to(dtype))
+            linear = torch.nn.Linear(in_features, out_features, bias=False, dtype=dtype)
             seconds = in_turn(args, dense)
             best = min(seconds, key=seconds.get)
             for density in args.density:
@@ -123,9 +151,19 @@ def measure(args):
                     bsr = sparse_bsr_call(x, values, index, out_features)
                     sparse |= {"sparse_bsr": bsr} if bsr is not None else {}
                 for product, call in sparse.items():
-                    times = in_turn(args, {"dense": dense[best], "ours": call})
+                    calls = {"dense": dense[best], "ours": call}
+                    if product == "step":
+                        calls["nn.Linear"] = training_step(linear, x, dy)
+                    times = in_turn(args, calls)
                     share = nnz / (rows * cols)
-                    yield {
+                    if product == "step":
+                        times["dense"] *= 3
+                    extra = {
+                        f"speedup over {name}": times[name] / times["ours"]
+                        for name in times
+                        if name not in ("dense", "ours")
+                    }
+                    yield extra | {
                         "out": out_features,
                         "in": in_features,
                         "tokens": tokens,
@@ -193,17 +231,16 @@ def plot(args, results, path):
     ]
     for axis, along, points, fixed, at in axes:
         for product in args.products:
-            ratios = [
-                geometric_mean(
-                    [
-                        row["ratio"]
-                        for row in results
-                        if row["product"] == product and row[along] == point and row[fixed] == at
-                    ]
-                )
+            ratios = {
+                point: [
+                    row["ratio"]
+                    for row in results
+                    if row["product"] == product and row[along] == point and row[fixed] == at
+                ]
                 for point in points
-            ]
-            axis.plot(points, ratios, marker="o", label=product)
+            }
+            measured = {point: geometric_mean(cells) for point, cells in ratios.items() if cells}
+            axis.plot(measured.keys(), measured.values(), marker="o", label=product)
         axis.axhline(1, color="black", linewidth=1, label="best dense")
         axis.set(xscale="log", xlabel=along, title=f"{fixed} {at}", ylim=(0, 1.2))
         axis.set_xticks(points, [str(point) for point in points], minor=False)

@@ -32,7 +32,7 @@ GUIDE = blocks_of("docs/pattern-optimisation.md")
 
 
 def test_every_block_is_run_below():
-    assert len(README) == 4
+    assert len(README) == 5
     assert len(GUIDE) == 4  # the third one shows a result
 
 
@@ -61,9 +61,16 @@ def test_a_whole_model(capsys):
     assert model(torch.arange(5)[None]).logits.shape == (1, 5, model.config.vocab_size)
 
 
+def test_serve_it_on_a_cpu():
+    layer, x = BlockSparseLinear(64, 96), torch.randn(3, 64)
+    names = run(README[2], "README.md", torch=torch, layer=layer, x=x)
+    assert torch.allclose(names["y"], layer(x), atol=1e-5)
+    assert torch.equal(names["layer"].values, layer.values)
+
+
 def test_bring_your_own_pattern(capsys):
-    layer = run(README[2], "README.md")["layer"]
-    assert layer.pattern.equal(run(README[2], "README.md")["pattern"])
+    layer = run(README[3], "README.md")["layer"]
+    assert layer.pattern.equal(run(README[3], "README.md")["pattern"])
     assert "forward f32 tokens=512" in capsys.readouterr().out
 
 
@@ -71,7 +78,7 @@ def test_a_pattern_that_learns():
     model, patcher = patched_model()
     patcher.patch_model(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    sparsifier = run(README[3], "README.md", model=model, optimizer=optimizer)["sparsifier"]
+    sparsifier = run(README[4], "README.md", model=model, optimizer=optimizer)["sparsifier"]
     assert sparsifier.steps == 1
 
 

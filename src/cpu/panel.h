@@ -28,9 +28,12 @@ class Panel {
   static constexpr int kTokens = kRegisters == 32 ? 12 : 6;
   static constexpr int64_t kSliceOutputs = kVectors * kLane;
   static constexpr int64_t kColumn = BLOCK_SPARSE_LEVEL::kColumn<Packed>;
-  // Canonical blocks are [out][in]: for grad_input each row is a vector of outputs.
+  // Canonical blocks are [out][in]: for grad_input each row is a vector of outputs. Narrower
+  // vectors than a cache line would read the half of a row, and leave half of the first cache
+  // unused.
   static constexpr bool kInPlace =
-      kPacked || (kProduct == Product::grad_input && Math::kDepth == 1 && !kWidened<Math>);
+      kPacked || (kProduct == Product::grad_input && Math::kDepth == 1 && !kWidened<Math> &&
+                  kVectorBytes == 64);
   // Blocks up to this size stay in the last cache: they are brought into form once, and then, as
   // when they are read in place, a chunk of x that stays in the second cache is best. Larger ones
   // are read, and brought into form, once per chunk: few chunks.
