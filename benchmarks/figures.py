@@ -55,6 +55,27 @@ def section(path):
     yield ""
 
 
+def gpu_section(path):
+    """Speed-up over cuBLAS of each product, by block size and density."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    densities = sorted({row["density"] for row in results}, reverse=True)
+    shape = f"{results[0]['tokens']} tokens, out {results[0]['out']}, in {results[0]['in']}"
+    yield f"**{about['dtype']} on a GPU** against cuBLAS with a full weight, L2 emptied before each"
+    yield f"call, {shape} ({about['gpu']}, torch {about['torch']}, {about['date']};"
+    yield f"`{about['command']}`)."
+    yield ""
+    yield "| block | product | " + " | ".join(f"density {d:g}" for d in densities) + " |"
+    yield "|---|---|" + "---:|" * len(densities)
+    cells = {
+        (tuple(row["block"]), row["product"], row["density"]): row["speedup"] for row in results
+    }
+    for block, product in dict.fromkeys((tuple(row["block"]), row["product"]) for row in results):
+        line = " | ".join(f"{cells[block, product, density]:.2f}x" for density in densities)
+        yield f"| {block[0]}x{block[1]} | {product} | {line} |"
+    yield ""
+
+
 def figures():
     yield BEGIN
     yield "## Measured"
@@ -66,6 +87,8 @@ def figures():
     yield ""
     for path in sorted((HERE / "results").glob("cpu_*.json")):
         yield from section(path)
+    for path in sorted((HERE / "results").glob("gpu_*.json")):
+        yield from gpu_section(path)
     yield END
 
 

@@ -5,6 +5,8 @@ compared. "Best dense" is the fastest of ``F.linear``, oneDNN with packed weight
 plain weights; grad_input and grad_weight are held against the dense *forward*. The ratio is useful
 flops per second over dense flops per second: 1.0 at density 0.25 means four times as fast.
 
+For a GPU see gpu.py.
+
 Usage: python benchmarks/linear.py --device cpu [--dtype bfloat16] [--block 16x16] [--threads 2]
            [--json FILE] [--plot FILE]
 """

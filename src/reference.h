@@ -30,7 +30,7 @@ BLOCK_SPARSE_HOST_DEVICE T forward(const ProductDesc& desc, const ProductArgs& a
   const T* x = row<T>(args.x, token);
   const int64_t block_row = out / desc.block.out;
   PackedOrder order = packed_order(desc.dtype, desc.block);
-  order.transposed = order.transposed && desc.packed;
+  if (!desc.packed) order.strip = 0;
   const int64_t begin = clamp(pattern.crow[block_row], desc.nnz);
   const int64_t end = clamp(pattern.crow[block_row + 1], desc.nnz);
   Sum sum = 0;

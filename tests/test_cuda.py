@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pytorch_block_sparse import Pattern
+from pytorch_block_sparse.pattern import grid_shape, with_walks
 
 pytestmark = [
     pytest.mark.cuda,
@@ -37,6 +38,11 @@ SHAPES = [
     ((2, 130, 60), (1, 64)),
     ((3, 3, 3), (64, 64)),
     ((64, 256, 384), (128, 128)),
+    ((257, 200, 328), (64, 64)),
+    ((65, 264, 520), (32, 64)),
+    ((193, 264, 520), (64, 32)),
+    ((1000, 512, 768), (16, 16)),
+    ((130, 384, 256), (128, 16)),
     ((0, 32, 32), (16, 16)),
     ((4, 0, 32), (16, 16)),
     ((4, 32, 0), (16, 16)),
@@ -54,7 +60,12 @@ class Problem:
     index: Tensor
 
     def to(self, device: str) -> Problem:
-        return Problem(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        """A copy there, its index with what the kernels of the device plan."""
+        moved = Problem(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        sizes = (self.bias.numel(), self.input.shape[1])
+        grid = grid_shape(sizes, self.values.shape[1:])
+        moved.index = with_walks(moved.index, grid, len(self.values), self.values.shape[1:])
+        return moved
 
     def run(self, product: str) -> Tensor:
         if product == "forward":
@@ -107,7 +118,7 @@ def corrupted(index: Tensor) -> list[Tensor]:
     """Some entries far out of range; some wrong by little; all of them noise."""
     noise = torch.randint_like(index, -(2**31), 2**31 - 1)
     near = torch.randint_like(index, -2, 40)
-    some = torch.rand(index.shape) < 0.1
+    some = torch.rand(index.shape, device=index.device) < 0.1
     return [torch.where(some, noise, index), torch.where(some, near, index), noise]
 
 
@@ -197,16 +208,28 @@ def test_operands_on_two_kinds_of_device_are_an_error(product):
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_a_corrupt_index_gives_numbers_and_no_invalid_access(product, monkeypatch):
-    problem = make_problem((5, 70, 90), (16, 8), torch.float32)
+@pytest.mark.parametrize(
+    ("sizes", "block_shape", "dtype"),
+    [
+        ((5, 70, 90), (16, 8), torch.float32),
+        ((300, 320, 448), (16, 16), torch.bfloat16),
+        ((300, 320, 448), (32, 32), torch.bfloat16),
+        ((300, 320, 448), (64, 64), torch.float16),
+    ],
+    ids=str,
+)
+def test_a_corrupt_index_gives_numbers_and_no_invalid_access(
+    product, sizes, block_shape, dtype, monkeypatch
+):
+    problem = make_problem(sizes, block_shape, dtype)
     good = problem.to("cuda")
     expected = good.run(product)
     for name in good.kernels(product):
         monkeypatch.setenv("BLOCK_SPARSE_KERNEL", name)
         for _ in range(20):
-            for index in corrupted(problem.index):
+            for index in corrupted(good.index):
                 bad = problem.to("cuda")
-                bad.index = index.cuda()
+                bad.index = index
                 bad.run(product)
         torch.cuda.synchronize()
         assert torch.equal(good.run(product), expected), "the device still works"

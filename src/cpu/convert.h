@@ -56,6 +56,13 @@ struct Convert<Float16> {
     return reinterpret_cast<Halves>(
         _mm256_cvtps_ph(reinterpret_cast<__m256>(vector), _MM_FROUND_TO_NEAREST_INT));
   }
+#elif defined(__aarch64__)
+  BLOCK_SPARSE_INLINE static Vec<float> widen(Halves halves) {
+    return reinterpret_cast<Vec<float>>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(halves)));
+  }
+  BLOCK_SPARSE_INLINE static Halves narrow(Vec<float> vector) {
+    return reinterpret_cast<Halves>(vcvt_f16_f32(reinterpret_cast<float32x4_t>(vector)));
+  }
 #else
   // No instruction for it: the portable conversion, lane by lane.
   BLOCK_SPARSE_INLINE static Vec<float> widen(Halves halves) {

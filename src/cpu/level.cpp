@@ -8,6 +8,7 @@
 #include "cpu/panel.h"
 #include "cpu/sddmm.h"
 #include "cpu/spmm.h"
+#include "cpu/thin.h"
 
 #define BLOCK_SPARSE_STRING_(name) #name
 #define BLOCK_SPARSE_STRING(name) BLOCK_SPARSE_STRING_(name)
@@ -48,12 +49,14 @@ auto with_math(const ProductDesc& desc, const F& f) {
       break;
   }
 #ifdef __AVX512BF16__
-  // Pairs run along the depth and must not straddle its end. (Tokens are padded when packed.)
+  // Pairs run along the depth and must not straddle its end. (Tokens are padded when packed, but
+  // taken one by one for thin blocks.)
   const bool in = desc.block.in % 2 == 0 && desc.in_features % 2 == 0;
   const bool out = desc.block.out % 2 == 0 && desc.out_features % 2 == 0;
-  if (desc.product == Product::grad_weight || (desc.product == Product::forward ? in : out)) {
-    return f(Pairs());
-  }
+  const bool paired = desc.product == Product::grad_weight ? !is_thin(desc.block)
+                      : desc.product == Product::forward   ? in
+                                                           : out;
+  if (paired) return f(Pairs());
 #endif
   return f(Widened<BFloat16>());
 }
@@ -70,6 +73,9 @@ auto with_routine(const ProductDesc& desc, const F& f) {
         return f(std::type_identity<Spmm<Math, Product::grad_input>>());
       case Product::grad_weight:
         break;
+    }
+    if constexpr (Math::kDepth == 1) {
+      if (is_thin(desc.block)) return f(std::type_identity<Thin<Math>>());
     }
     return f(std::type_identity<Sddmm<Math>>());
   });

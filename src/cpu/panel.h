@@ -35,7 +35,7 @@ class Panel {
   // when they are read in place, a chunk of x that stays in the second cache is best. Larger ones
   // are read, and brought into form, once per chunk: few chunks.
   static constexpr int64_t kCachedBytes = 8 << 20;
-  static constexpr int64_t kSmallChunkBytes = 512 << 10;
+  static constexpr int64_t kSmallChunkBytes = 256 << 10;
   static constexpr int64_t kLargeChunkBytes = kInPlace ? 2 << 20 : 8 << 20;
   static constexpr int64_t kManyTokens = 256;
   // Blocks from this size on are fetched ahead of their use.
@@ -64,13 +64,14 @@ class Panel {
   struct Slice {
     int64_t output, row, count;
     Range entries;
+    int64_t in_block;  // where its elements begin in a block that is read in place
     Packed* prepared;
   };
 
   Panel(const ProductDesc& desc, const ProductArgs& args, void* workspace)
       : walk_(Walk::of<kProduct>(desc, args.weight.pattern)),
         block_(desc.block),
-        pair_(packed_order(desc.dtype, desc.block).pair),
+        order_(packed_order(desc.dtype, desc.block)),
         x_(kForward ? args.x : args.dy),
         values_(static_cast<const Storage*>(args.weight.values)),
         bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
@@ -158,6 +159,7 @@ class Panel {
             row,
             std::min(kSliceOutputs, end - output),
             {walk_.first[block], walk_.first[block + 1]},
+            kPacked ? order_.offset(row, 0) : row,
             prepared};
   }
   Slice after(const Slice& slice, Range outputs) const {
@@ -236,38 +238,24 @@ class Panel {
     }
   }
 
-  // The vectors of a slice in an entry from a step on, with those of `next` to be fetched.
+  // The vectors of a slice in an entry, with those of `next` to be fetched.
   template <int kWide>
-  BLOCK_SPARSE_INLINE auto vectors_of(const Slice& slice, int64_t entry, int64_t next,
-                                      int64_t step) const {
+  BLOCK_SPARSE_INLINE auto vectors_of(const Slice& slice, int64_t entry, int64_t next) const {
+    const auto in_place = [&](int64_t e) {
+      const int64_t number = kForward ? e : walk_.number[e];
+      return values_ + number * block_.out * block_.in + slice.in_block;
+    };
     if constexpr (kPacked) {
-      const auto at = [&](int64_t e) {
-        return values_ + e * block_.out * block_.in + slice.row * pair_;
-      };
-      if constexpr (kWidened<Math>) {
-        return WidenedVectors<Math, kWide>{at(entry), at(next), block_.out, pair_, step};
-      } else {
-        return in_place<kWide>(at(entry), at(next), block_.out, step);
-      }
+      return StripVectors<Math, kWide>{in_place(entry), in_place(next), block_.in, order_.pair};
     } else if constexpr (kInPlace) {
-      const auto at = [&](int64_t e) {
-        return values_ + walk_.number[e] * block_.out * block_.in + slice.row;
-      };
-      return in_place<kWide>(at(entry), at(next), block_.in, step);
+      return Vectors<Packed, kWide>{in_place(entry), block_.in, in_place(next), block_.in};
     } else {
       constexpr int64_t kStride = kWide * kLane;
-      const auto at = [&](int64_t e) {
-        return slice.prepared + ((e - slice.entries.begin) * steps() + step) * kStride;
+      const auto prepared = [&](int64_t e) {
+        return slice.prepared + (e - slice.entries.begin) * steps() * kStride;
       };
-      return Vectors<Packed, kWide>{at(entry), kStride, at(next), kStride};
+      return Vectors<Packed, kWide>{prepared(entry), kStride, prepared(next), kStride};
     }
-  }
-  template <int kWide>
-  BLOCK_SPARSE_INLINE static Vectors<Packed, kWide> in_place(const Storage* block,
-                                                             const Storage* next, int64_t stride,
-                                                             int64_t step) {
-    return {reinterpret_cast<const Packed*>(block) + step * stride, stride,
-            reinterpret_cast<const Packed*>(next) + step * stride, stride};
   }
 
   template <int kHigh, int kWide>
@@ -290,10 +278,11 @@ class Panel {
       const int64_t next = last ? slice.entries.begin : entry + 1;
       const Packed* x_ahead = last ? x + kHigh * kColumn : x;
       const int64_t ahead = walk_.depth[next] * walk_.depth_block / Math::kDepth - begin;
+      const auto vectors = vectors_of<kWide>(slice, entry, next);
       for (int64_t step = begin; step < end;) {
         const int64_t count = std::min(kColumn - step % kColumn, end - step);
         tile.multiply(Column<Packed, kColumn>{column(x, step), column(x_ahead, step + ahead)},
-                      vectors_of<kWide>(slice, entry, next, step - begin), count);
+                      vectors.from(step - begin), count);
         step += count;
       }
     }
@@ -304,7 +293,7 @@ class Panel {
 
   Walk walk_;
   BlockShape block_;
-  int64_t pair_;  // of packed values
+  PackedOrder order_;  // of packed values
   ConstDenseView x_;
   const Storage* values_;
   const Storage* bias_;

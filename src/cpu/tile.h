@@ -26,6 +26,14 @@ struct Scalars {
   }
 };
 
+// The same, each row somewhere else.
+template <class Packed, int kRows>
+struct GatheredScalars {
+  const Packed* data[kRows];
+
+  BLOCK_SPARSE_INLINE Packed operator()(int row, int64_t step) const { return data[row][step]; }
+};
+
 // The same, rows a constant apart: they need no register each.
 template <class Packed, int kStride>
 struct Column {
@@ -46,6 +54,9 @@ struct Vectors {
   const Packed* ahead;  // what will be read after a while: kFetched vectors of it per step
   int64_t ahead_stride = kLanes<Packed>;
 
+  BLOCK_SPARSE_INLINE Vectors from(int64_t step) const {
+    return {data + step * stride, stride, ahead + step * ahead_stride, ahead_stride};
+  }
   BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
     // A line is fetched once.
     if (v < kFetched && v * kVectorBytes % 64 == 0) {
@@ -54,22 +65,41 @@ struct Vectors {
     return load(data + step * stride + v * kLanes<Packed>);
   }
 };
-// Packed values of sixteen bits (packed.h), widened on the way into the registers. Of a pair, the
-// lower and the upper half of one lane are bfloat16 of two steps.
+// Packed values (packed.h): strips of outputs. Those of sixteen bits are widened on the way into
+// the registers; of a pair, the halves of a lane are then bfloat16 of two steps.
 template <class Math, int kFetched>
-struct WidenedVectors {
+struct StripVectors {
   using Storage = typename Math::Storage;
+  using Packed = typename Math::Packed;
+  static constexpr int kLane = kLanes<Packed>;
+  static constexpr int kStrip = 64 / sizeof(Packed);
+
   const Storage* data;
   const Storage* ahead;
-  int64_t outputs, pair, first;
+  int64_t depth, pair;  // depth: inputs of a block
+  int64_t first = 0;    // step
 
-  BLOCK_SPARSE_INLINE Vec<float> operator()(int v, int64_t step) const {
-    const int64_t at = (first + step) / pair * pair * outputs + v * kLanes<float> * pair;
-    if (v < kFetched && v * kVectorBytes % 128 == 0) __builtin_prefetch(ahead + at);
-    if (pair == 1) return Math::load(data + at);
-    const Vec<uint32_t> pairs = load(reinterpret_cast<const uint32_t*>(data + at));
-    const uint32_t upper = (first + step) & 1;
-    return reinterpret_cast<Vec<float>>(pairs << (16 - 16 * upper) & 0xffff0000u);
+  BLOCK_SPARSE_INLINE StripVectors from(int64_t step) const {
+    if constexpr (kWidened<Math>) return {data, ahead, depth, pair, first + step};
+    const int64_t elements = step * kStrip * Math::kDepth;
+    return {data + elements, ahead + elements, depth, pair};
+  }
+  BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    // Strips as wide as a vector lie apart; of a wider one, the vectors are side by side.
+    const int64_t strip = v * kLane / kStrip * depth, lane = v * kLane % kStrip;
+    if constexpr (!kWidened<Math>) {
+      const int64_t at = strip * kStrip + (step * kStrip + lane) * Math::kDepth;
+      if (v < kFetched && lane == 0) __builtin_prefetch(ahead + at);
+      return load(reinterpret_cast<const Packed*>(data + at));
+    } else {
+      const int64_t of_pair = (first + step) & -pair;  // pair is 1 or 2
+      const int64_t at = (strip + of_pair) * kStrip + lane * pair;
+      if (v < kFetched && lane == 0) __builtin_prefetch(ahead + at);
+      if (pair == 1) return Math::load(data + at);
+      const Vec<uint32_t> pairs = load(reinterpret_cast<const uint32_t*>(data + at));
+      const uint32_t upper = (first + step) & 1;
+      return reinterpret_cast<Vec<float>>(pairs << (16 - 16 * upper) & 0xffff0000u);
+    }
   }
 };
 template <class Packed, int kVectors>

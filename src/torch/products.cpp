@@ -175,7 +175,7 @@ static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape b
   ProductDesc desc;
   desc.product = Product::forward;
   desc.dtype = dtype_of("values", values);
-  desc.packed = packed && packed_order(desc.dtype, block).transposed;
+  desc.packed = packed && packed_order(desc.dtype, block).strip > 0;
   desc.epilogue = bias ? Epilogue::bias : Epilogue::none;
   desc.out_features = check_features("out_features", out_features);
   desc.in_features = check_features("input", input.size(input.dim() - 1));
@@ -194,6 +194,7 @@ static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape b
   ProductArgs args;
   args.x = x.view;
   args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
+  desc.planned = args.weight.pattern.tiles != nullptr;
   std::optional<Tensor> contiguous_bias;
   if (bias) {
     check_same("bias", *bias, "values", values);
@@ -243,6 +244,7 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor&
   ProductArgs args;
   args.dy = dy.view;
   args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
+  desc.planned = args.weight.pattern.tiles != nullptr;
   Tensor output = allocate_like_rows(grad_output, in_features);
   run_product(desc, args, output);
   return output;
@@ -319,7 +321,7 @@ std::string explain(const Tensor& values, std::string product, int64_t tokens, i
   desc.in_features = check_features("in_features", in_features);
   desc.block = block_shape_of(values);
   desc.nnz = values.size(0);
-  desc.packed = packed && packed_order(desc.dtype, desc.block).transposed;
+  desc.packed = packed && packed_order(desc.dtype, desc.block).strip > 0;
   desc.planned = Device::walks_size(desc.grid(), desc.block) > 0;
   return block_sparse::explain(Device::backend(), desc, Device::execution(values));
 }

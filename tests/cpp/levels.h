@@ -13,7 +13,7 @@ namespace block_sparse {
 // Calls f with each instruction set of this machine forced.
 template <class F>
 void for_each_level(const F& f) {
-  for (const char* name : {"avx512_bf16", "avx512", "avx2", "baseline"}) {
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "neon", "baseline"}) {
     SCOPED_TRACE(name);
     ::setenv("BLOCK_SPARSE_ISA", name, 1);
     bool supported = true;

@@ -32,7 +32,8 @@ TEST(MemoryTest, LargeProductsInPartsAndChunks) {
   std::mt19937 generator(1);
   std::uniform_int_distribution<int> integer(-2, 2);
   for (const Shape& shape : {Shape{600, 130, 140, {32, 32}}, Shape{1100, 66, 140, {16, 16}},
-                             Shape{300, 180, 200, {4, 4}}, Shape{7, 700, 1000, {64, 32}}}) {
+                             Shape{300, 180, 200, {4, 4}}, Shape{1100, 60, 70, {1, 16}},
+                             Shape{600, 70, 60, {32, 1}}, Shape{7, 700, 1000, {64, 32}}}) {
     for (const Product product : kProducts) {
       for (const Dtype dtype : kDtypes) {
         const ProductDesc desc{product,   dtype,    Epilogue::none, shape.tokens,

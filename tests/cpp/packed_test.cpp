@@ -34,8 +34,10 @@ TEST(Packed, EveryElementHasItsPlace) {
 }
 
 TEST(Packed, TheOrderIsWhatTheHeaderSays) {
-  // [out 16][in 2]: a step of the depth has its outputs side by side; bfloat16 in pairs of inputs.
+  // Sixteen outputs of a step of the depth are side by side; in bfloat16 of two steps.
   EXPECT_EQ(packed_order(Dtype::f32, {16, 2}).offset(3, 1), 16 + 3);
+  EXPECT_EQ(packed_order(Dtype::f32, {32, 2}).offset(19, 1), 2 * 16 + 16 + 3);
+  EXPECT_EQ(packed_order(Dtype::f64, {16, 2}).offset(11, 1), 2 * 8 + 8 + 3);
   EXPECT_EQ(packed_order(Dtype::bf16, {16, 2}).offset(3, 1), 2 * 3 + 1);
   EXPECT_EQ(packed_order(Dtype::bf16, {16, 3}).offset(3, 1), 16 + 3) << "an odd number of inputs";
   EXPECT_EQ(packed_order(Dtype::f32, {12, 2}).offset(3, 1), 2 * 3 + 1) << "canonical";
@@ -51,7 +53,7 @@ TEST(Packed, ThereAndBack) {
       Buffer values(dtype, numbers), packed(dtype, numbers), back(dtype, Numbers(numbers.size()));
       pack(dtype, block, 3, values.data(), packed.data());
       EXPECT_EQ(packed.numbers() == numbers,
-                !packed_order(dtype, block).transposed || block.in == 1);
+                packed_order(dtype, block).strip == 0 || block.in == 1);
       unpack(dtype, block, 3, packed.data(), back.data());
       EXPECT_EQ(back.numbers(), numbers);
     }
@@ -74,7 +76,7 @@ TEST(Packed, ForwardIsExactOnSmallIntegers) {
   int64_t out = 0, in = 0;
   for (const BlockShape block : kBlocks) {
     for (const Dtype dtype : kDtypes) {
-      if (!packed_order(dtype, block).transposed) continue;
+      if (packed_order(dtype, block).strip == 0) continue;
       for (const int64_t tokens : {1, 2, 3, 5, 8, 13, 16, 40, 300}) {
         const bool ragged = tokens % 2 == 1;
         out = 5 * block.out - (ragged ? block.out / 3 : 0);

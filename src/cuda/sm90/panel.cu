@@ -1,5 +1,6 @@
 // Launches the panel kernel: which products it takes, and in which configuration.
 #include "cuda/sm90/hopper.h"
+#include "cuda/sm90/order.h"
 #include "cuda/sm90/panel.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "kernels.h"
@@ -31,12 +32,13 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   PanelParams params;
   params.input = tensor_map(input.data, desc.dtype, desc.tokens, s.k, input.row_stride,
                             {Config::kTokens, kSlab}, kSlab * 2);
-  params.values = kTransposed ? tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_k,
-                                           s.block_m, s.block_m, {kSlab, kGroupRows}, 128)
-                              : tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_m,
-                                           s.block_k, s.block_k, {kGroupRows, kSlab}, kSlab * 2);
+  params.values = kTransposed
+                      ? tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_k, s.block_m,
+                                   s.block_m, {kSlab, Config::kLineRows}, Config::kLineRows * 2)
+                      : tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_m, s.block_k,
+                                   s.block_k, {Config::kLineRows, kSlab}, kSlab * 2);
   params.output = tensor_map(args.output.data, desc.dtype, desc.tokens, s.m, args.output.row_stride,
-                             {Config::kStoreTokens, kGroupRows}, 128);
+                             {Config::kStoreTokens, Config::kLineRows}, Config::kLineRows * 2);
   const GridShape grid = pattern.grid;
   params.walk = {kTransposed ? pattern.ccol : pattern.crow,
                  kTransposed ? pattern.trow : pattern.col,
@@ -49,8 +51,8 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   constexpr int64_t kBunchBytes = 20 << 20;  // of x: less than half of L2
   constexpr int64_t kTileTokens = int64_t{Config::kTokens} * Config::kCluster;
   const int64_t bunch = kBunchBytes / (kTileTokens * s.k * size_of(desc.dtype));
-  params.raster = {ceil(s.m, Config::kPanelGroups * kGroupRows), ceil(desc.tokens, kTileTokens),
-                   static_cast<int>(std::max<int64_t>(bunch, 1))};
+  params.raster = {ceil(order_size(params.walk.lines) * s.block_m, kConsumers * kGroupRows),
+                   ceil(desc.tokens, kTileTokens), static_cast<int>(std::max<int64_t>(bunch, 1))};
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
   params.features_m = static_cast<int>(s.m);
   params.next_tile = static_cast<int*>(args.workspace);
@@ -77,34 +79,40 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
 }
 
 // clang-format off
-//                            groups tokens slab stages slots cluster store
-using Large  = PanelConfig<         1,   256,  64,     4,    8,      2,   64>;
-// Four block rows share a step, so that less of x is loaded for each block: the blocks of a random
-// pattern meet L2's limit first.
-using Mixed  = PanelConfig<         2,   192,  64,     4,   12,      2,   64>;
-using Narrow = PanelConfig<         1,   256,  32,     8,   16,      2,   64>;
+//                                 rows tokens slab stages slots cluster store
+using Large       = PanelConfig<     64,   256,  64,     4,    8,      2,   64>;
+using LargeNarrow = PanelConfig<     64,   256,  32,     8,   16,      2,   64>;
+using Small       = PanelConfig<     32,   256,  64,     4,    8,      2,   64>;
+using SmallNarrow = PanelConfig<     32,   256,  32,     8,   16,      2,   64>;
 // clang-format on
 
 // Calls f with the configuration for `desc`.
 template <class F>
 void with_config(const ProductDesc& desc, const F& f) {
   const Sides s = sides(desc);
-  if (s.block_k % 64 != 0) return f(std::type_identity<Narrow>{});
-  // A block of 128 fills both consumers of Large by itself. Where few blocks are present, hardly
-  // any share a column, and the larger tile only waits longer for its end.
-  const GridShape grid = desc.grid();
-  const bool dense = 5 * desc.nnz >= grid.block_rows * grid.block_cols;
-  if (s.block_m % 128 != 0 && dense) return f(std::type_identity<Mixed>{});
-  return f(std::type_identity<Large>{});
+  const bool narrow = s.block_k % 64 != 0;
+  if (s.block_m % 64 == 0) {
+    return narrow ? f(std::type_identity<LargeNarrow>{}) : f(std::type_identity<Large>{});
+  }
+  return narrow ? f(std::type_identity<SmallNarrow>{}) : f(std::type_identity<Small>{});
 }
 
 Refusal why_not(const ProductDesc& desc) {
   if (desc.product == Product::grad_weight) return "it computes forward and grad_input";
   if (Refusal refusal = why_not_hopper(desc)) return refusal;
   const Sides s = sides(desc);
-  if (s.block_m % kGroupRows != 0 || s.block_k % Narrow::kSlab != 0) {
-    return concat("the block is ", s.block_m, " along the output and ", s.block_k,
-                  " along the sum; it takes multiples of ", kGroupRows, " and ", Narrow::kSlab);
+  if (s.block_m % 32 != 0 || s.block_k % 32 != 0) {
+    return concat("the block is ", desc.block.out, "x", desc.block.in,
+                  "; it takes sides that are multiples of 32");
+  }
+  // x in rows of 64 bytes comes at half the rate: only where few blocks are present is that better
+  // than to load all of it.
+  const GridShape grid = desc.grid();
+  if (s.block_m % 64 != 0 && s.block_k % 64 != 0 &&
+      6 * desc.nnz > grid.block_rows * grid.block_cols) {
+    return concat("the block is ", desc.block.out, "x", desc.block.in, " and ", desc.nnz, " of ",
+                  grid.block_rows * grid.block_cols,
+                  " are present; of small blocks it takes a sixth");
   }
   return std::nullopt;
 }

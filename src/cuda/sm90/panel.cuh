@@ -3,9 +3,9 @@
 // template for forward (M = out) and grad_input (M = in, through the transposed index; the blocks
 // are read where they lie). Not for small blocks: strip.cuh.
 //
-// A tile is a panel (a few groups of 64 rows of M) times kTokens tokens. Its steps are the block
-// columns that any of its groups has: x is loaded once for all of them (their union), W for those
-// that have the block. Four roles:
+// A tile is a panel (two groups of 64 rows of M, each of one or two block rows) times kTokens
+// tokens. Its steps are the block columns that any of its block rows has: x is loaded once for all
+// of them (their union), W for the groups that have the block. Four roles:
 //   walker    merges the sorted column lists of the groups, straight from the pattern's index, and
 //             sends a Step to each CTA of the cluster. It takes tiles from a counter: patterns are
 //             uneven, and whoever is free goes on.
@@ -34,46 +34,50 @@
 namespace block_sparse::cuda::sm90 {
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;  // warpgroups
+constexpr int kConsumers = 2;  // warpgroups, each with a group of 64 rows of M
 constexpr int kGroupRows = 64;
-constexpr int kMaxGroups = 4;
+constexpr int kMaxLines = 4;  // of a panel: block rows, or 64 rows of a larger one
 
-// Groups a consumer has, tokens of a tile, width of a step along K, stages of x, slots for the
-// 64-row pieces of W, CTAs of a cluster, tokens that are stored at a time.
-template <int kGroups_, int kTokens_, int kSlab_, int kStages_, int kSlots_, int kCluster_,
+// Rows that a line gives to a group (64, or 32: then two lines share one), tokens of a tile, width
+// of a step along K, stages of x, slots for the 64-row pieces of W, CTAs of a cluster, tokens that
+// are stored at a time.
+template <int kLineRows_, int kTokens_, int kSlab_, int kStages_, int kSlots_, int kCluster_,
           int kStoreTokens_>
 struct PanelConfig {
-  static constexpr int kGroups = kGroups_;
+  static constexpr int kLineRows = kLineRows_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kSlab = kSlab_;
   static constexpr int kStages = kStages_;
   static constexpr int kSlots = kSlots_;
   static constexpr int kCluster = kCluster_;
-
-  static constexpr int kPanelGroups = kConsumers * kGroups;
-  static constexpr int kSums = kTokens / 2;  // a group's, of one thread
   static constexpr int kStoreTokens = kStoreTokens_;
+
+  static constexpr int kGroupLines = kGroupRows / kLineRows;
+  static constexpr int kLines = kConsumers * kGroupLines;  // of a panel
+  static constexpr int kSums = kTokens / 2;                // of one thread
   static constexpr int kSteps = 16;
   static constexpr uint32_t kInputBytes = kTokens * kSlab * 2;
   static constexpr uint32_t kPieceBytes = kGroupRows * kSlab * 2;
 
-  static_assert(kTokens <= 256 && kTokens % kStoreTokens == 0 && kPanelGroups <= kMaxGroups);
+  static_assert(kTokens <= 256 && kTokens % kStoreTokens == 0 && kLines <= kMaxLines);
   // A consumer holds one stage while it waits for the next: both must find room.
-  static_assert(kSlots >= 2 * kPanelGroups && kStages >= 2);
+  static_assert(kSlots >= 2 * kConsumers && kStages >= 2);
 };
+
+constexpr int kEnd = -1;  // instead of a panel: no more tiles
 
 // One block column of a tile, on its way from the walker to the loaders.
 struct Step {
-  int panel;   // -1: no more tiles
+  int panel;   // or kEnd
   int token;   // the tile's first
   int column;  // of x, in elements
   int within;  // first element along K within the block, times two; plus one: the tile's last step
-  int row[kMaxGroups];  // of the array of all blocks, where each group's piece is; or -1
+  int row[kMaxLines];  // of the array of all blocks, where each line's part is; or -1
 };
 
 // What a stage holds, for the consumers.
 struct Stage {
-  int panel;  // -1: no more tiles
+  int panel;  // or kEnd
   int token;
   uint32_t slots;  // a byte for each group: where its piece of W is, or kAbsent
   int last;
@@ -103,16 +107,16 @@ struct PanelWalk {
 
   __device__ int clamp(int entry) const { return min(max(entry, 0), nnz); }
 
-  // The line and the 64 rows of it that the given group of all panels is; -1: none.
-  struct Group {
+  // Which rows stand at a place of the panels: those from `part` on of a line; line -1: none.
+  struct Rows {
     int line, part;
   };
-  __device__ Group group(int number) const {
-    const int parts = block_m / kGroupRows;
-    int line = number / parts;
+  __device__ Rows at(int place, int line_rows) const {
+    const int parts = block_m / line_rows;
+    int line = place / parts;
     if (line < (lines + 3) / 4 * 4 && order != nullptr) line = order[line];
     if (line < 0 || line >= lines) line = -1;
-    return {line, number % parts * kGroupRows};
+    return {line, place % parts * line_rows};
   }
 };
 
@@ -144,7 +148,8 @@ struct PanelParams {
 template <class T, class Config, bool kTransposed>
 class Panel {
   static constexpr int kCluster = Config::kCluster;
-  static constexpr int kPanelGroups = Config::kPanelGroups;
+  static constexpr int kLines = Config::kLines;
+  static constexpr int kGroupLines = Config::kGroupLines;
 
  public:
   using Shared = PanelShared<Config>;
@@ -198,12 +203,12 @@ class Panel {
     const int tiles = static_cast<int>(params_.raster.tiles());
     int slot = 0;
     uint32_t parity = 1;
-    auto emit = [&](int4 head, int row) {  // `row`: lane g has that of group g
+    auto emit = [&](int4 head, int row) {  // `row`: lane i has that of line i
       int4 rows;
       rows.x = __shfl_sync(~0u, row, 0);
       rows.y = __shfl_sync(~0u, row, 1);
-      rows.z = kPanelGroups > 2 ? __shfl_sync(~0u, row, 2) : -1;
-      rows.w = kPanelGroups > 3 ? __shfl_sync(~0u, row, 3) : -1;
+      rows.z = kLines > 2 ? __shfl_sync(~0u, row, 2) : -1;
+      rows.w = kLines > 3 ? __shfl_sync(~0u, row, 3) : -1;
       barrier_wait(shared_address(&shared_.step_empty[slot]), parity);
       if (lane < 2 * kCluster) {  // half a step to each CTA
         const int rank = lane / 2, half = lane % 2;
@@ -225,12 +230,12 @@ class Panel {
       params_.raster.at(tile, panel, tokens);
       const int token = tokens * kCluster * Config::kTokens;
       int entry = 0, end = 0, part = 0;
-      if (lane < kPanelGroups) {
-        const auto group = w.group(panel * kPanelGroups + lane);
-        part = group.part;
-        if (group.line >= 0) {
-          entry = w.clamp(w.start[group.line]);
-          end = w.clamp(w.start[group.line + 1]);
+      if (lane < kLines) {
+        const auto rows = w.at(panel * kLines + lane, Config::kLineRows);
+        part = rows.part;
+        if (rows.line >= 0) {
+          entry = w.clamp(w.start[rows.line]);
+          end = w.clamp(w.start[rows.line + 1]);
         }
       }
       auto cross = [&] { return entry < end ? w.cross[entry] : INT_MAX; };
@@ -257,7 +262,7 @@ class Panel {
         }
       }
     }
-    emit(make_int4(-1, 0, 0, 1), -1);
+    emit(make_int4(kEnd, 0, 0, 1), -1);
   }
 
   // --- loader
@@ -265,13 +270,13 @@ class Panel {
 
   __device__ void load() {
     const int lane = threadIdx.x % 32;
-    const int parts = params_.walk.block_m / kGroupRows;
+    const int parts = params_.walk.block_m / Config::kLineRows;
     int step_slot = 0, head = 0, tail = 0, in_flight = 0;
     int free = Config::kSlots, next_slot = 0;
     uint32_t step_parity = 0, empty_parity = 0;
     uint32_t taken = 0;  // slots of the stages in flight, four bits each, the newest lowest
-    int panel = 0, part = 0;
-    while (panel >= 0) {
+    int panel = kNoPanel, part = 0;
+    while (panel != kEnd) {
       const uint32_t step_full = shared_address(&shared_.step_full[step_slot]);
       barrier_wait(step_full, step_parity);
       const Step step = shared_.steps[step_slot];
@@ -286,21 +291,28 @@ class Panel {
       }
       if (step.panel != panel) {
         panel = step.panel;
-        part = (panel * kPanelGroups + lane) % parts * kGroupRows;
+        part = (panel * kLines + lane) % parts * Config::kLineRows;
       }
 
-      // The pieces go to the next slots, in the order of groups; the CTAs fetch them in turn.
+      // The pieces go to the next slots, in the order of groups; the CTAs fetch them in turn. Where
+      // one line of a group lacks the block, zeros come from outside of the array.
       uint32_t slots = 0;
-      int count = 0, my_row = -1, my_slot = 0;
+      int count = 0, my_slot = -1, my_row = kNowhere;
 #pragma unroll
-      for (int g = 0; g < kMaxGroups; ++g) {
-        const bool present = g < kPanelGroups && step.row[g] >= 0;
+      for (int g = 0; g < kConsumers; ++g) {
+        bool present = false;
+#pragma unroll
+        for (int i = 0; i < kGroupLines; ++i) present |= step.row[g * kGroupLines + i] >= 0;
         int slot = next_slot + count;
         slot = slot < Config::kSlots ? slot : slot - Config::kSlots;
         slots |= (present ? slot : kAbsent) << (8 * g);
-        if (lane == g && present && count % kCluster == static_cast<int>(rank_)) {
-          my_row = step.row[g];
-          my_slot = slot;
+#pragma unroll
+        for (int i = 0; i < kGroupLines; ++i) {
+          const bool fetch = (count * kGroupLines + i) % kCluster == static_cast<int>(rank_);
+          if (present && fetch && lane == g * kGroupLines + i) {
+            my_slot = slot;
+            if (step.row[lane] >= 0) my_row = step.row[lane];
+          }
         }
         count += present;
       }
@@ -323,15 +335,16 @@ class Panel {
         }
       }
       __syncwarp();
-      if (my_row >= 0) {
+      if (my_slot >= 0) {
         const int along = kTransposed ? part : step.within >> 1;
+        unsigned char* to =
+            shared_.pieces[my_slot] + lane % kGroupLines * (Config::kPieceBytes / kGroupLines);
         if constexpr (kCluster == 1) {
-          cute::SM90_TMA_LOAD_2D::copy(&params_.values, &shared_.full[head], kHint,
-                                       shared_.pieces[my_slot], along, my_row);
+          cute::SM90_TMA_LOAD_2D::copy(&params_.values, &shared_.full[head], kHint, to, along,
+                                       my_row);
         } else {
           cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&params_.values, &shared_.full[head],
-                                                 (1 << kCluster) - 1, kHint,
-                                                 shared_.pieces[my_slot], along, my_row);
+                                                 (1 << kCluster) - 1, kHint, to, along, my_row);
         }
       }
       if (++head == Config::kStages) head = 0;
@@ -348,10 +361,11 @@ class Panel {
 
   __device__ void consume(int warpgroup) {
     constexpr Major kMajorW = kTransposed ? Major::MN : Major::K;
-    constexpr uint64_t kPiece = swizzled_operand<kTransposed ? 128 : Config::kSlab * 2>();
+    constexpr int kPieceRowBytes = (kTransposed ? Config::kLineRows : Config::kSlab) * 2;
+    constexpr uint64_t kPiece = swizzled_operand<kPieceRowBytes>(
+        kTransposed && kGroupLines > 1 ? Config::kPieceBytes / 2 : 16);
     constexpr uint64_t kInput = swizzled_operand<Config::kSlab * 2>();
-    constexpr uint32_t kNone = Config::kGroups == 1 ? 0xff : 0xffff;
-    constexpr int kPieceStep = kTransposed ? 16 * 128 / 16 : 2;  // 16 elements along K
+    constexpr int kPieceStep = kTransposed ? kPieceRowBytes : 2;  // 16 elements along K
 
     const int lane = threadIdx.x % 32;
     const uint32_t release_at =
@@ -359,45 +373,36 @@ class Panel {
     auto release = [&](int stage) {
       if (lane < kCluster) barrier_arrive_at(release_at + stage * sizeof(uint64_t));
     };
-    Store<T, Config::kStoreTokens> store(&params_.output, shared_.output[warpgroup], warpgroup + 1);
+    Store<T, Config::kLineRows, Config::kStoreTokens> store(
+        &params_.output, shared_.output[warpgroup], warpgroup + 1);
 
-    float sums[Config::kGroups][Config::kSums];
+    float sums[Config::kSums];
     int stage = 0;
     uint32_t parity = 0;
     while (true) {
 #pragma unroll
-      for (int g = 0; g < Config::kGroups; ++g) {
-#pragma unroll
-        for (float& sum : sums[g]) sum = 0;
-      }
+      for (float& sum : sums) sum = 0;
       Stage what;
       int held = -1;  // the stage that is still being multiplied
       do {
         barrier_wait(shared_address(&shared_.full[stage]), parity);
         what = shared_.stages[stage];
         // The same for all lanes, and ptxas has to see it: it serialises wgmma in divergent code.
-        const uint32_t slots = __shfl_sync(~0u, what.slots, 0) >> (8 * Config::kGroups * warpgroup);
-        const uint64_t input = kInput | descriptor_address(shared_address(shared_.input[stage]));
+        const uint32_t slot = __shfl_sync(~0u, what.slots, 0) >> (8 * warpgroup) & 0xff;
+        if (slot != kAbsent) {
+          const uint64_t input = kInput | descriptor_address(shared_address(shared_.input[stage]));
+          const uint64_t piece = kPiece | descriptor_address(shared_address(shared_.pieces[slot]));
+          cute::warpgroup_arrive();  // and commit, in the branch: ptxas serialises otherwise
 #pragma unroll
-        for (int g = 0; g < Config::kGroups; ++g) {
-          const uint32_t slot = slots >> (8 * g) & 0xff;
-          // The branch arrives and commits by itself: ptxas serialises otherwise.
-          if (slot != kAbsent) {
-            const uint64_t piece =
-                kPiece | descriptor_address(shared_address(shared_.pieces[slot]));
-            cute::warpgroup_arrive();
-#pragma unroll
-            for (int k = 0; k < Config::kSlab / 16; ++k) {
-              multiply<T, kMajorW, Major::K>(sums[g], piece + k * kPieceStep, input + k * 2, true);
-            }
-            cute::warpgroup_commit_batch();
+          for (int k = 0; k < Config::kSlab / 16; ++k) {
+            multiply<T, kMajorW, Major::K>(sums, piece + k * kPieceStep, input + k * 2, true);
           }
+          cute::warpgroup_commit_batch();
         }
         // All but the youngest product is done. Where nothing was issued here, that one is of the
         // held stage, and must not be held on to while others wait for its room.
         cute::warpgroup_wait<1>();
-        const bool none = (slots & kNone) == kNone;
-        if (none) cute::warpgroup_wait<0>();
+        if (slot == kAbsent) cute::warpgroup_wait<0>();
         if (held >= 0) release(held);
         held = stage;
         if (++stage == Config::kStages) {
@@ -407,21 +412,23 @@ class Panel {
       } while (!what.last);
       cute::warpgroup_wait<0>();
       release(held);
-      if (what.panel < 0) break;
+      if (what.panel == kEnd) break;
 #pragma unroll
-      for (int g = 0; g < Config::kGroups; ++g) {
+      for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+      int first[kGroupLines];  // row of M of each line, or -1
 #pragma unroll
-        for (float& sum : sums[g]) cute::warpgroup_fence_operand(sum);
-        const auto group =
-            params_.walk.group(what.panel * kPanelGroups + warpgroup * Config::kGroups + g);
-        if (group.line < 0) continue;
-        store.rows(sums[g], group.line * params_.walk.block_m + group.part, what.token,
-                   static_cast<const T*>(params_.bias), params_.features_m);
+      for (int i = 0; i < kGroupLines; ++i) {
+        const auto rows =
+            params_.walk.at(what.panel * kLines + warpgroup * kGroupLines + i, Config::kLineRows);
+        first[i] = rows.line < 0 ? -1 : rows.line * params_.walk.block_m + rows.part;
       }
+      store.rows(sums, first, what.token, static_cast<const T*>(params_.bias), params_.features_m);
     }
     store.finish();
   }
 
+  static constexpr int kNowhere = 0x7fffff00;  // a row outside of any array
+  static constexpr int kNoPanel = -2;
   // x and W are read again and again; y, which passes by, must not push them out of L2.
   static constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 

@@ -15,10 +15,7 @@ constexpr int kUnitBytes = kStepTokens * 2;  // of one feature in one stage
 constexpr int kOutBytes = kTileOut * kUnitBytes;
 constexpr int kStageBytes = kOutBytes + kTileIn * kUnitBytes;
 // x is read in the order of retile.cuh for units up to so many inputs.
-#ifndef SAMPLED_RETILE
-#define SAMPLED_RETILE 16
-#endif
-constexpr int kMaxRetiledUnit = SAMPLED_RETILE;
+constexpr int kMaxRetiledUnit = 16;
 constexpr int kSums = 128;  // of a consumer's thread: 64 x 256 over a warpgroup
 
 struct SampledShared {

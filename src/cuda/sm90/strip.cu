@@ -18,6 +18,7 @@ bool takes_side(int64_t side) { return side == 16 || side == 32 || side == 64 ||
 Refusal why_not(const ProductDesc& desc) {
   if (desc.product == Product::grad_weight) return "computes forward and grad_input only";
   if (Refusal refusal = why_not_hopper(desc)) return refusal;
+  if (!desc.planned) return "the index has no masks behind it (the op with_walks makes them)";
   if (!takes_side(desc.block.out) || !takes_side(desc.block.in)) {
     return concat("takes blocks with sides of 16, 32, 64 or 128, not ", desc.block.out, "x",
                   desc.block.in);

@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "cuda/launch.h"
+#include "cuda/sm90/masks.h"
 #include "cuda/sm90/strip.cuh"
 #include "cuda/sm90/strip_launch.h"
 #include "cuda/sm90/tensor_map.h"
@@ -21,8 +22,9 @@ struct Operands {
   int64_t block_outputs;
   int64_t block_depth;
   int64_t block_rows;  // along the outputs
+  int64_t block_cols;  // along the depth
   const int32_t* starts;
-  const int32_t* columns;
+  const int32_t* masks;
   const int32_t* blocks;
 };
 
@@ -30,11 +32,11 @@ inline Operands operands_of(const ProductDesc& desc, const ProductArgs& args) {
   const PatternView& pattern = args.weight.pattern;
   const GridShape grid = desc.grid();
   if (desc.product == Product::forward) {
-    return {args.x,          desc.out_features, desc.in_features, desc.block.out, desc.block.in,
-            grid.block_rows, pattern.crow,      pattern.col,      nullptr};
+    return {args.x,          desc.out_features, desc.in_features, desc.block.out,    desc.block.in,
+            grid.block_rows, grid.block_cols,   pattern.crow,     pattern.row_masks, nullptr};
   }
-  return {args.dy,         desc.in_features, desc.out_features, desc.block.in, desc.block.out,
-          grid.block_cols, pattern.ccol,     pattern.trow,      pattern.perm};
+  return {args.dy,         desc.in_features, desc.out_features, desc.block.in,     desc.block.out,
+          grid.block_cols, grid.block_rows,  pattern.ccol,      pattern.col_masks, pattern.perm};
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,7 +65,8 @@ Params params_of(const ProductDesc& desc, const ProductArgs& args) {
                   .cols = Size::kSwizzleBytes / 2},
                  Size::kSwizzleBytes);
   params.starts = operands.starts;
-  params.columns = operands.columns;
+  params.masks = operands.masks;
+  params.mask_words = static_cast<int>(mask_words(operands.block_cols));
   params.blocks = operands.blocks;
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
   params.output = args.output.data;

@@ -55,6 +55,7 @@ class Multiply {
   using Size = Sizes<kConfig>;
   static constexpr int kStrips = kConfig.tile.strips;
   static constexpr int kCluster = kConfig.tile.cluster;
+  static_assert(kStrips == kTileStrips);
   // A stage is multiplied in two halves, whose fragments are loaded in turn.
   static constexpr int kHalfDepth = kStageDepth / 2;
   static constexpr int kHalfColumns = kHalfDepth / kConfig.piece.depth;
@@ -135,24 +136,11 @@ class Multiply {
     for (int column = 0; column < kHalfColumns; ++column) {
       const uint32_t present = present_[kHalf * kHalfColumns + column];
       strips += __popc(present);
-      issue_column(present, sums, half, column, std::make_index_sequence<kStrips>());
+      constexpr int kLast = kPieceSteps - 1;
+      multiply_present<kConfig.dtype, StripLayout<kConfig>, kPieceSteps, Size::kRowsPerStrip>(
+          present, sums, half[column], half[column + kLast], ring_);
     }
     return strips;
-  }
-
-  template <size_t... kStrip>
-  __device__ void issue_column(uint32_t present, Sums (&sums)[kStrips], const Half& half,
-                               int column, std::index_sequence<kStrip...>) {
-    using Layout = StripLayout<kConfig>;
-    if constexpr (kPieceSteps == 1) {
-      (multiply_if_present<kConfig.dtype, Layout, 1u << kStrip * Size::kRowsPerStrip>(
-           present, sums[kStrip], half[column], ring_),
-       ...);
-    } else {
-      (multiply_if_present<kConfig.dtype, Layout, 1u << kStrip * Size::kRowsPerStrip>(
-           present, sums[kStrip], half[0], half[1], ring_),
-       ...);
-    }
   }
 
   // Waits until no product of an earlier half is under way, when the last one issued `strips`: its

@@ -43,10 +43,10 @@ struct Raster {
 struct Params {
   CUtensorMap x;
   CUtensorMap values;
-  // The pattern by block rows of the output: forward crow, col and nothing (blocks are numbered in
-  // this order); grad_input ccol, trow and perm.
+  // The pattern by block rows of the output: forward crow, row_masks and nothing (blocks are
+  // numbered in this order); grad_input ccol, col_masks and perm.
   const int32_t* starts;
-  const int32_t* columns;
+  const int32_t* masks;  // [block rows, mask_words]
   const int32_t* blocks;
   // Which block row is at which place, or null for their own order.
   const int32_t* order;
@@ -57,6 +57,7 @@ struct Params {
   int outputs;
   int rows;  // of pieces, whole block rows
   int nnz;
+  int mask_words;
   int block_height;    // rows of a block in memory
   int log_row_pieces;  // pieces along a block's outputs
   int log_column_pieces;
@@ -86,8 +87,7 @@ struct alignas(1024) Shared {
   unsigned char w[kTile.ring][Size::kStripBytes];
   StageWork<kConfig> work[kTile.stages];
   Record<kConfig> records[Size::kRecords];
-  // Of lane i: the entries of its block row, entry e at [e % kLookahead][i].
-  int32_t columns[Size::kLookahead][32];
+  // Of lane i: the block numbers of its block row, entry e at [e % kLookahead][i].
   int32_t blocks[kConfig.piece.transposed ? Size::kLookahead : 1][32];
   int32_t tiles[Size::kTiles];
 

@@ -2,8 +2,9 @@
 // which pieces of W are needed and where they go. No list is made before the kernel runs, so there
 // is none to go stale. It touches neither x nor W.
 //
-// Lane i owns the i-th row of pieces of the tile and the sorted entries of its block row. The
-// entries come into shared memory some stages before they are looked at.
+// Lane i owns the i-th row of pieces of the tile and the mask of its block row, a word at a time.
+// Where blocks are not numbered in this order, their numbers come into shared memory some stages
+// before they are looked at.
 #pragma once
 
 #include "cuda/sm90/strip_params.cuh"
@@ -14,19 +15,6 @@ namespace block_sparse::cuda::sm90::strips {
 template <int kRowsPerStrip>
 BLOCK_SPARSE_HOST_DEVICE constexpr uint32_t strips_of(uint32_t lanes) {
   return kRowsPerStrip == 1 ? lanes : (lanes | lanes >> 1) & 0x55555555u;
-}
-
-// Which columns of the stage a block row has, bit i for first + i, from its next entries. Whatever
-// a corrupt pattern holds, the answer has at most one bit per entry.
-template <int kColumns>
-BLOCK_SPARSE_HOST_DEVICE inline uint32_t columns_hit(const int32_t (&entries)[kColumns], int first,
-                                                     int columns) {
-  uint32_t hit = 0;
-  for (int32_t entry : entries) {
-    const uint32_t distance = static_cast<uint32_t>(entry) - static_cast<uint32_t>(first);
-    if (distance < static_cast<uint32_t>(columns)) hit |= 1u << distance;
-  }
-  return hit;
 }
 
 template <Config kConfig>
@@ -72,28 +60,31 @@ class Walk {
     const Raster::Place place = params_.raster.at(tile, rank_, kConfig.tile.cluster);
     const int at = place.first_strip * Size::kRowsPerStrip + lane_;
     next_ = end_ = 0;
+    mask_ = nullptr;
     if (at < min(place.end_strip * Size::kRowsPerStrip, params_.rows)) {
       const int row = row_at(params_, at);
       const int block_row = row >> params_.log_row_pieces;
       row_piece_ = row & ((1 << params_.log_row_pieces) - 1);
       next_ = clamp_entry(params_.starts[block_row]);
       end_ = clamp_entry(params_.starts[block_row + 1]);
+      mask_ = params_.masks + int64_t{block_row} * params_.mask_words;
     }
-    fetched_ = next_;
-    fetch<Size::kLookahead>();
+    word_ = ahead_ = 0;
+    if (mask_ != nullptr) ahead_ = static_cast<uint32_t>(*mask_);
+    if constexpr (kConfig.piece.transposed) {
+      fetched_ = next_;
+      fetch<Size::kLookahead>();
+    }
   }
 
-  // Asks for the entries up to kLookahead ahead, kMost at most.
+  // Asks for the block numbers up to kLookahead entries ahead, kMost at most.
   template <int kMost>
   __device__ void fetch() {
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       if (fetched_ < min(end_, next_ + Size::kLookahead)) {
-        const int slot = fetched_ % Size::kLookahead;
-        ptx::copy_word(&shared_.columns[slot][lane_], params_.columns + fetched_);
-        if constexpr (kConfig.piece.transposed) {
-          ptx::copy_word(&shared_.blocks[slot][lane_], params_.blocks + fetched_);
-        }
+        ptx::copy_word(&shared_.blocks[fetched_ % Size::kLookahead][lane_],
+                       params_.blocks + fetched_);
         ++fetched_;
       }
     }
@@ -115,22 +106,24 @@ class Walk {
   }
 
   __device__ void step(int tile, int stage) {
-    if (stage == 0) {
-      ptx::wait_for_copies<0>();
-    } else {
-      // The entries of this stage were asked for at least so many stages ago.
-      ptx::wait_for_copies<Size::kLookahead / Size::kColumns - 1>();
-    }
-    int32_t entries[Size::kColumns];
-#pragma unroll
-    for (int i = 0; i < Size::kColumns; ++i) {
-      const int entry = next_ + i;
-      entries[i] = entry < end_ ? shared_.columns[entry % Size::kLookahead][lane_] : -1;
+    if constexpr (kConfig.piece.transposed) {
+      if (stage == 0) {
+        ptx::wait_for_copies<0>();
+      } else {
+        // The block numbers of this stage were asked for at least so many stages ago.
+        ptx::wait_for_copies<Size::kLookahead / Size::kColumns - 1>();
+      }
     }
     const int first = stage * Size::kColumns;
     const int log_pieces = params_.log_column_pieces;
-    const uint32_t hit =
-        columns_hit(entries, first >> log_pieces, max(1, Size::kColumns >> log_pieces));
+    const int block_column = first >> log_pieces;
+    // A stage lies within a word: 32 is a multiple of its block columns.
+    if (block_column % 32 == 0 && (first & ((1 << log_pieces) - 1)) == 0) {
+      word_ = ahead_;
+      if (mask_ != nullptr) ahead_ = static_cast<uint32_t>(*++mask_);
+    }
+    const int block_columns = max(1, Size::kColumns >> log_pieces);
+    const uint32_t hit = word_ >> block_column % 32 & ((1u << block_columns) - 1);
 
     ptx::wait(ptx::address_of(&shared_.record_empty[record_.slot]), record_.lap ^ 1);
     Record<kConfig>& record = shared_.records[record_.slot];
@@ -138,13 +131,13 @@ class Walk {
     int strips = 0;
 #pragma unroll
     for (int i = 0; i < Size::kColumns; ++i) {
-      const uint32_t block_column = i >> log_pieces;
-      const bool mine = hit >> block_column & 1;
+      const uint32_t of_stage = i >> log_pieces;  // which of its block columns
+      const bool mine = hit >> of_stage & 1;
       const uint32_t present = strips_of<Size::kRowsPerStrip>(__ballot_sync(kAllLanes, mine));
       if (present >> strip_lane & 1) {  // else-part of a strip: zeros
         const int before = strips + __popc(present & ((1u << strip_lane) - 1));
         record.piece[before * Size::kRowsPerStrip + lane_ - strip_lane] =
-            mine ? piece(next_ + __popc(hit & ((1u << block_column) - 1)), first + i) : kNoPiece;
+            mine ? piece(next_ + __popc(hit & ((1u << of_stage) - 1)), first + i) : kNoPiece;
       }
       if (lane_ == 0) record.work.present[i] = present;
       strips += __popc(present);
@@ -153,7 +146,7 @@ class Walk {
 
     const int after = first + Size::kColumns;
     if ((after & ((1 << log_pieces) - 1)) == 0) next_ += __popc(hit);
-    fetch<Size::kColumns>();
+    if constexpr (kConfig.piece.transposed) fetch<Size::kColumns>();
   }
 
   // The rest of a record: where its strips go, and how far back the stage is whose strips they
@@ -190,8 +183,11 @@ class Walk {
   const int lane_;
   Cursor<Size::kRecords> record_;
   Cursor<Size::kTiles> handed_;
-  int row_piece_ = 0;  // which of its block row's
-  int next_ = 0;       // entries of the block row: the next, the first not asked for, the end
+  int row_piece_ = 0;              // which of its block row's
+  const int32_t* mask_ = nullptr;  // of the block row: the word that is ahead
+  uint32_t word_ = 0;              // the word that the stage is in
+  uint32_t ahead_ = 0;
+  int next_ = 0;  // entries of the block row: the next, the first not asked for, the end
   int fetched_ = 0;
   int end_ = 0;
   uint32_t used_ = 0;  // strips since the kernel began

@@ -63,6 +63,9 @@ void build_tiles(const PatternView& pattern, BlockShape block, int32_t* tiles, v
   const Tiling t = tiling_of(pattern.grid, block);
   if (t.size == 0) return;
   const cudaStream_t s = stream_of(stream);
+  // What no tile comes to use is zero: the same pattern gives the same entries, all of them.
+  check_cuda(cudaMemsetAsync(tiles, 0, static_cast<size_t>(t.size) * sizeof(int32_t), s),
+             "build_tiles");
   const auto bands = static_cast<unsigned>(t.bands());
   count_units<<<bands, Team::kThreads, 0, s>>>(t, pattern, tiles);
   const int rows = t.rows / t.group;

@@ -23,16 +23,11 @@ constexpr int kMaxMaskWords = kMaxTileRows * kMaxTileCols / 32;
 // so many tiles, a round of the kernel: what a round reads again and again then stays in L2, and of
 // the larger operand it reads one band only.
 constexpr int kBandUnits = 256;
-#ifndef SAMPLED_BAND_TILES
-#define SAMPLED_BAND_TILES 128
-#endif
-constexpr int64_t kBandTiles = SAMPLED_BAND_TILES;
+constexpr int64_t kBandTiles = 128;
 
-// Row units narrower than this are loaded together with their neighbours.
-#ifndef SAMPLED_LOAD_OUT
-#define SAMPLED_LOAD_OUT 32
-#endif
-constexpr int kLoadOut = SAMPLED_LOAD_OUT;
+// Row units narrower than this are loaded together with their neighbours: rows of 128 bytes. With
+// rows of 64 bytes (blocks of 32) there are fewer tiles, and a round takes 1.7 times as long.
+constexpr int kLoadOut = 64;
 
 // The width of a unit, or 0 where the side of a block is neither 16, 32 nor a multiple of 64.
 BLOCK_SPARSE_HOST_DEVICE constexpr int unit_of(int64_t side) {

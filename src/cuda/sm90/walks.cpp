@@ -1,41 +1,52 @@
-// How the walks of a pattern lie in their array; what is in them is made in order.cu and
+// How the walks of a pattern lie in their array; what is in them is made in order.cu, masks.cu and
 // tiles.cu.
 #include "cuda/sm90/walks.h"
 
+#include "cuda/sm90/masks.h"
 #include "cuda/sm90/order.h"
 #include "cuda/sm90/tiles.h"
 
 namespace block_sparse::cuda::sm90 {
 namespace {
 
+// Where each part begins.
 struct Layout {
-  int64_t rows = 0, cols = 0, tiles = 0;
+  int64_t row_order = 0, col_order = 0, row_masks = 0, col_masks = 0, tiles = 0, size = 0;
 };
 
 Layout layout_of(GridShape grid, BlockShape block) {
-  if (block.out % 16 != 0 || block.in % 16 != 0) return {};
-  return {order_size(grid.block_rows), order_size(grid.block_cols), tiles_size(grid, block)};
+  const int64_t tiles = tiles_size(grid, block);
+  Layout layout;
+  if (tiles == 0) return layout;  // a block that these kernels do not take
+  layout.col_order = layout.row_order + order_size(grid.block_rows);
+  layout.row_masks = layout.col_order + order_size(grid.block_cols);
+  layout.col_masks = layout.row_masks + grid.block_rows * mask_words(grid.block_cols);
+  layout.tiles = layout.col_masks + grid.block_cols * mask_words(grid.block_rows);
+  layout.size = layout.tiles + tiles;
+  return layout;
 }
 
 }  // namespace
 
-int64_t walks_size(GridShape grid, BlockShape block) {
-  const Layout layout = layout_of(grid, block);
-  return layout.rows + layout.cols + layout.tiles;
-}
+int64_t walks_size(GridShape grid, BlockShape block) { return layout_of(grid, block).size; }
 
 void build_walks(const PatternView& pattern, BlockShape block, int32_t* walks, void* stream) {
   const Layout layout = layout_of(pattern.grid, block);
-  build_order(pattern, false, walks, stream);
-  build_order(pattern, true, walks + layout.rows, stream);
-  build_tiles(pattern, block, walks + layout.rows + layout.cols, stream);
+  build_order(pattern, false, walks + layout.row_order, stream);
+  build_order(pattern, true, walks + layout.col_order, stream);
+  build_masks(pattern, false, walks + layout.row_masks, stream);
+  build_masks(pattern, true, walks + layout.col_masks, stream);
+  build_tiles(pattern, block, walks + layout.tiles, stream);
 }
 
 void attach_walks(PatternView& pattern, BlockShape block, const int32_t* walks) {
   const Layout layout = layout_of(pattern.grid, block);
-  pattern.row_order = walks;
-  pattern.col_order = walks + layout.rows;
-  pattern.tiles = layout.tiles > 0 ? walks + layout.rows + layout.cols : nullptr;
+  if (layout.size == 0) return;
+  pattern.row_order = walks + layout.row_order;
+  pattern.col_order = walks + layout.col_order;
+  pattern.row_masks = walks + layout.row_masks;
+  pattern.col_masks = walks + layout.col_masks;
+  pattern.tiles = walks + layout.tiles;
 }
 
 }  // namespace block_sparse::cuda::sm90

@@ -41,12 +41,13 @@ __device__ __forceinline__ void multiply(float (&sums)[kSums], uint64_t a, uint6
 }
 
 // Descriptors count in 16 bytes. A swizzled operand: rows of `kRowBytes` (its swizzle), eight rows
-// a group, groups one after the other.
+// a group, groups one after the other. `apart`: bytes from one part to the next of an operand whose
+// rows are narrower than it is (only where its rows lie across K).
 template <int kRowBytes>
-constexpr uint64_t swizzled_operand() {
+constexpr uint64_t swizzled_operand(uint64_t apart = 16) {
   static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
   constexpr uint64_t swizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
-  return swizzle << 62 | uint64_t{kRowBytes * 8 / 16} << 32 | uint64_t{1} << 16;
+  return swizzle << 62 | uint64_t{kRowBytes * 8 / 16} << 32 | apart / 16 << 16;
 }
 
 // In a cluster a shared address carries the CTA's rank in its high bits: they do not belong here.

@@ -1,0 +1,189 @@
+"""The three products on an NVIDIA GPU, against cuBLAS and torch's own block-sparse layer.
+
+Dense and sparse calls are timed in turn (dense, ours, dense, ours, ...) by events, with L2 emptied
+before each; medians. The dense call is the same product with a full weight: ``F.linear``,
+``dy @ W`` and ``dyt @ x``. Everything that a call does counts, also what it re-orders inside.
+
+Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
+           [--tokens 8192] [--bsr] [--json FILE] [--plot FILE]
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+import statistics
+import sys
+from datetime import date
+
+import torch
+
+from pytorch_block_sparse import Pattern
+from pytorch_block_sparse.pattern import split_index
+
+ops = torch.ops.block_sparse
+PRODUCTS = ["forward", "grad_input", "grad_weight"]
+L2_BYTES = 256 << 20  # written before each call: several times any L2
+
+
+def pair(text):
+    first, second = text.split("x")
+    return int(first), int(second)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--shapes", nargs="+", type=pair, default=[(14336, 4096)])
+    parser.add_argument(
+        "--blocks", nargs="+", type=pair, default=[(n, n) for n in (128, 64, 32, 16)]
+    )
+    parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.25, 0.1])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
+    return parser.parse_args()
+
+
+def in_turn(calls, repeats):
+    """Median microseconds of each call."""
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    times = {name: [] for name in calls}
+    for repeat in range(-2, repeats):  # the first rounds warm up
+        for name, call in calls.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if repeat >= 0:
+                times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def bsr_call(x, values, pattern):
+    crow, col = split_index(pattern.index, pattern.grid, pattern.nnz)[:2]
+    weight = torch.sparse_bsr_tensor(crow, col, values, pattern.shape)
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def kernel_of(values, product, tokens, pattern):
+    text = ops.explain(values, product, tokens, *pattern.shape, False)
+    return re.search(r"(\w+): chosen", text).group(1)
+
+
+def dense_calls(x, dy, weight):
+    return {
+        "forward": lambda: torch.nn.functional.linear(x, weight),
+        "grad_input": lambda: dy @ weight,
+        "grad_weight": lambda: dy.t() @ x,
+    }
+
+
+def sparse_calls(x, dy, values, pattern):
+    index, (out_features, in_features) = pattern.index, pattern.shape
+    return {
+        "forward": lambda: ops.forward(x, values, index, None, out_features),
+        "grad_input": lambda: ops.grad_input(dy, values, index, in_features),
+        "grad_weight": lambda: ops.grad_weight(dy, x, index, *values.shape),
+    }
+
+
+def normal(dtype, *sizes):
+    return torch.randn(sizes, device="cuda").to(getattr(torch, dtype))
+
+
+def measure(args):
+    for shape, tokens in itertools.product(args.shapes, args.tokens):
+        x, dy = normal(args.dtype, tokens, shape[1]), normal(args.dtype, tokens, shape[0])
+        dense = dense_calls(x, dy, normal(args.dtype, *shape))
+        for block, density in itertools.product(args.blocks, args.density):
+            pattern = Pattern.random(shape, density, block, device="cuda")
+            values = normal(args.dtype, pattern.nnz, *block)
+            ours = sparse_calls(x, dy, values, pattern)
+            for product in args.products:
+                calls = {"dense": dense[product], "ours": ours[product]}
+                if args.bsr and product == "forward":
+                    calls["bsr"] = bsr_call(x, values, pattern)
+                times = in_turn(calls, args.repeats)
+                yield {
+                    "out": shape[0],
+                    "in": shape[1],
+                    "tokens": tokens,
+                    "block": block,
+                    "density": density,
+                    "product": product,
+                    "kernel": kernel_of(values, product, tokens, pattern),
+                    **{f"{name}_us": time for name, time in times.items()},
+                    "speedup": times["dense"] / times["ours"],
+                }
+
+
+def plot(results, path):
+    """Speed-up over density, a panel for each product, a line for each block size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = (results[0]["out"], results[0]["in"], results[0]["tokens"])
+    figure, axes = plt.subplots(1, len(PRODUCTS), figsize=(12, 4), sharey=True)
+    for axis, product in zip(axes, PRODUCTS, strict=True):
+        rows = [
+            row
+            for row in results
+            if row["product"] == product and (row["out"], row["in"], row["tokens"]) == shape
+        ]
+        for block in dict.fromkeys(tuple(row["block"]) for row in rows):
+            line = sorted(
+                (row["density"], row["speedup"]) for row in rows if tuple(row["block"]) == block
+            )
+            axis.plot(*zip(*line, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
+        densities = sorted({row["density"] for row in rows})
+        axis.plot(densities, [1 / d for d in densities], ":", color="gray", label="1 / density")
+        axis.axhline(1, color="black", linewidth=1, label="cuBLAS dense")
+        axis.set(xscale="log", yscale="log", xlabel="density", title=product)
+        axis.set_xticks(densities, [f"{d:g}" for d in densities], minor=False)
+        axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"], minor=False)
+    axes[0].set_ylabel("times as fast as dense")
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"{shape[2]} tokens, out {shape[0]}, in {shape[1]}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    args = arguments()
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    results = []
+    for row in measure(args):
+        results.append(row)
+        bsr = f"  (torch bsr {row['dense_us'] / row['bsr_us']:.2f}x)" if "bsr_us" in row else ""
+        print(
+            f"{row['out']:5}x{row['in']:<5} tokens {row['tokens']:<5} "
+            f"block {row['block'][0]:3}x{row['block'][1]:<3} density {row['density']:<5} "
+            f"{row['product']:11} dense {row['dense_us']:7.1f} us, ours {row['ours_us']:7.1f} us "
+            f"= {row['speedup']:5.2f}x {row['kernel']}{bsr}",
+            flush=True,
+        )
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "date": date.today().isoformat(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
