@@ -42,7 +42,10 @@ def split(files: list[Path]) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> ByteLevelBPETokenizer:
-    """A byte-level BPE tokenizer, whose special tokens have the ids that RoBERTa expects."""
+    """A byte-level BPE tokenizer, whose special tokens have the ids that RoBERTa expects.
+
+    Special tokens and bytes are 261; the rest are merges, of spaces first.
+    """
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         texts, vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
@@ -59,12 +62,12 @@ def sequences(tokenizer: ByteLevelBPETokenizer, texts: list[str], length: int) -
 
 
 def mask_tokens(rows: torch.Tensor, generator: torch.Generator) -> Batch:
-    """Hide 30 % of the tokens, to be predicted.
+    """Hide a fifth of the tokens, to be predicted.
 
     All of them are masked: BERT leaves some as they are, and a model soon copies those, which makes
     the loss fall without anything learnt about the text.
     """
-    hidden = torch.rand(rows.shape, generator=generator) < 0.3
+    hidden = torch.rand(rows.shape, generator=generator) < 0.2
     mask = SPECIAL_TOKENS.index(MASK)
     return Batch(rows.masked_fill(hidden, mask), rows.masked_fill(~hidden, -100))
 

@@ -2,15 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
 import torch
 from torch import nn
-
-from pytorch_block_sparse import Pattern
 
 matplotlib.use("Agg")  # writes files, needs no display
 from matplotlib import pyplot
@@ -51,12 +48,12 @@ def time_layers(*alternatives: list[nn.Module], tokens: int, repeats: int = 9) -
 def print_table(
     dense: "Run",
     sparse: "Run",
-    linear_layers: Callable[[nn.Module], list[nn.Module]],
+    linear_layers: list[dict[str, nn.Module]],
     tokens: int,
 ) -> None:
     """One row for each quantity: dense, block sparse, and their ratio."""
     runs = (dense, sparse)
-    layers = [linear_layers(run.model) for run in runs]
+    layers = [list(by_name.values()) for by_name in linear_layers]
     seconds = time_layers(*layers, tokens=tokens)
     tail = max(1, len(dense.losses) // 10)
     rows = [
@@ -76,19 +73,38 @@ def print_table(
     print("alone: forward and backward of these layers by themselves, medians taken in turns\n")
 
 
-def draw(dense: "Run", sparse: "Run", pattern: Pattern, path: Path) -> None:
-    """The loss curves, and the pattern of one layer."""
+def draw(
+    dense: "Run",
+    sparse: "Run",
+    sparse_layers: dict[str, nn.Module],
+    unigram: float,
+    path: Path,
+) -> None:
+    """The loss curves beside what no context gives, and the pattern of one layer."""
     figure, (curves, picture) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    window = max(1, len(dense.losses) // 50)
     for run, color in ((dense, "tab:blue"), (sparse, "tab:orange")):
-        curves.plot(range(1, len(run.losses) + 1), run.losses, color=color, alpha=0.3)
+        steps = range(window, len(run.losses) + 1, window)
+        means = [statistics.mean(run.losses[step - window : step]) for step in steps]
+        curves.plot(steps, means, color=color, alpha=0.4)
         curves.plot(*zip(*run.held_out, strict=True), "o-", color=color, label=run.name)
-    curves.set(xlabel="step", ylabel="loss", title="masked language model: train and held out (o)")
+    label = "frequencies of the tokens alone"
+    curves.axhline(unigram, color="gray", linestyle="--", label=label)
+    # The first steps fall from far above; what comes after them is of interest.
+    losses = [loss for run in (dense, sparse) for _, loss in run.held_out]
+    curves.set_ylim(top=max(*losses, unigram) + 0.3 * (max(*losses, unigram) - min(losses)))
+    title = f"masked language model: held out; train, means of {window} steps (faint)"
+    curves.set(xlabel="step", ylabel="loss", title=title)
     curves.legend()
-    picture.imshow(pattern.mask().cpu(), cmap="Greys", interpolation="nearest")
+
+    name, layer = list(sparse_layers.items())[-1]
+    pattern = layer.pattern
+    picture.imshow(pattern.mask().cpu(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+    size = "x".join(map(str, pattern.block_shape))
     picture.set(
         xlabel="block column (in)",
         ylabel="block row (out)",
-        title=f"pattern of one layer: {pattern.nnz} blocks, density {pattern.density:.2f}",
+        title=f"{name}\n{pattern.nnz} blocks of {size} (black), density {pattern.density:.2f}",
     )
     figure.savefig(path, dpi=120)
     print(f"loss curves and a pattern: {path}")
