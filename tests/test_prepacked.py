@@ -258,4 +258,4 @@ def test_the_index_of_another_pattern_is_an_error():
         ops.forward_packed(
             torch.zeros(2, 64), layer.prepack()._packed, other.index, None, 64, 32, 32
         )
-    assert split_index(layer._index, (2, 2)).crow_indices[-1] == 2
+    assert split_index(layer._index, (2, 2), 2).crow_indices[-1] == 2
