@@ -23,9 +23,9 @@ include(cmake/cutlass.cmake)
 add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
   src/cuda/index.cu
-  src/cuda/sm90/masks.cu
   src/cuda/sm90/order.cu
   src/cuda/sm90/strip.cu
+  src/cuda/sm90/strip_walk.cu
   src/cuda/sm90/tiles.cu
   src/cuda/sm90/walks.cpp
   src/cuda/reference.cu

@@ -31,11 +31,11 @@ struct PatternView {
   const int32_t* perm = nullptr;  // [nnz]             block number, in the same order
 
   // What GPU kernels plan once per pattern (src/cuda/sm90/walks.h); null where nothing is planned.
-  const int32_t* row_order = nullptr;  // in which block rows are taken into panels
-  const int32_t* col_order = nullptr;  // the same of block columns
-  const int32_t* row_masks = nullptr;  // the block columns of each block row, as bits
-  const int32_t* col_masks = nullptr;  // the block rows of each block column
-  const int32_t* tiles = nullptr;      // of the sampled product
+  const int32_t* row_order = nullptr;   // in which block rows are taken into panels
+  const int32_t* col_order = nullptr;   // the same of block columns
+  const int32_t* row_strips = nullptr;  // what the strip kernel walks in forward
+  const int32_t* col_strips = nullptr;  // and in grad_input
+  const int32_t* tiles = nullptr;       // of the sampled product
 
   static PatternView of_packed(const int32_t* packed, GridShape grid);
 };

@@ -8,7 +8,6 @@ namespace block_sparse::cuda::sm90 {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kSweeps = 2;  // more gain under half a percent of the union
 constexpr int64_t kMaxShared = 200 << 10;
 
 struct Lines {
@@ -45,12 +44,14 @@ int64_t shared_bytes(const Lines& lines) {
 // meets another one, and all rounds make each meet all others.
 __device__ void pair_up(int items, int words, const uint32_t* masks, int* at) {
   const int groups = items / 2, players = groups + groups % 2;
+  // More gain under half a percent of the union, and time grows with the third power of the lines.
+  const int sweeps = groups > 256 ? 1 : 2;
   const auto overlap = [&](int a, int b) {
     int bits = 0;
     for (int w = 0; w < words; ++w) bits += __popc(masks[a * words + w] & masks[b * words + w]);
     return bits;
   };
-  for (int round = 0; round < kSweeps * (players - 1); ++round) {
+  for (int round = 0; round < sweeps * (players - 1); ++round) {
     for (int t = threadIdx.x; t < players / 2; t += kThreads) {
       const int first = (round + t) % (players - 1);
       const int second =

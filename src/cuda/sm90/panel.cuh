@@ -19,6 +19,7 @@
 // hence large tiles, and W shared within the cluster.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <climits>
@@ -27,7 +28,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "block_sparse/product.h"
-#include "cuda/sm90/barrier.cuh"
+#include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/store.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
@@ -178,16 +179,16 @@ class Panel {
   __device__ void init() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Config::kStages; ++i) {
-        barrier_init(shared_address(&shared_.full[i]), 1);
-        barrier_init(shared_address(&shared_.empty[i]), kConsumers * 4 * kCluster);  // warps
+        ptx::init(ptx::address_of(&shared_.full[i]), 1);
+        ptx::init(ptx::address_of(&shared_.empty[i]), kConsumers * 4 * kCluster);  // warps
       }
       for (int i = 0; i < Config::kSteps; ++i) {
-        barrier_init(shared_address(&shared_.step_full[i]), 1);
-        barrier_init(shared_address(&shared_.step_empty[i]), kCluster);
+        ptx::init(ptx::address_of(&shared_.step_full[i]), 1);
+        ptx::init(ptx::address_of(&shared_.step_empty[i]), kCluster);
       }
-      barrier_init_fence();
+      cutlass::arch::fence_barrier_init();
       for (int i = 0; i < Config::kSteps; ++i) {
-        barrier_arrive_expect(shared_address(&shared_.step_full[i]), sizeof(Step));
+        ptx::arrive_and_expect(ptx::address_of(&shared_.step_full[i]), sizeof(Step));
       }
     }
     cute::cluster_arrive();
@@ -209,12 +210,13 @@ class Panel {
       rows.y = __shfl_sync(~0u, row, 1);
       rows.z = kLines > 2 ? __shfl_sync(~0u, row, 2) : -1;
       rows.w = kLines > 3 ? __shfl_sync(~0u, row, 3) : -1;
-      barrier_wait(shared_address(&shared_.step_empty[slot]), parity);
+      ptx::wait(ptx::address_of(&shared_.step_empty[slot]), parity);
       if (lane < 2 * kCluster) {  // half a step to each CTA
         const int rank = lane / 2, half = lane % 2;
-        send(address_in(shared_address(&shared_.steps[slot]) + half * 16, rank),
-             half == 0 ? make_int4(head.x, head.y + rank * Config::kTokens, head.z, head.w) : rows,
-             address_in(shared_address(&shared_.step_full[slot]), rank));
+        ptx::send(
+            ptx::at_rank(ptx::address_of(&shared_.steps[slot]) + half * 16, rank),
+            half == 0 ? make_int4(head.x, head.y + rank * Config::kTokens, head.z, head.w) : rows,
+            ptx::at_rank(ptx::address_of(&shared_.step_full[slot]), rank));
       }
       if (++slot == Config::kSteps) {
         slot = 0;
@@ -277,13 +279,13 @@ class Panel {
     uint32_t taken = 0;  // slots of the stages in flight, four bits each, the newest lowest
     int panel = kNoPanel, part = 0;
     while (panel != kEnd) {
-      const uint32_t step_full = shared_address(&shared_.step_full[step_slot]);
-      barrier_wait(step_full, step_parity);
+      const uint32_t step_full = ptx::address_of(&shared_.step_full[step_slot]);
+      ptx::wait(step_full, step_parity);
       const Step step = shared_.steps[step_slot];
       __syncwarp();
       if (lane == 0) {
-        barrier_arrive_expect(step_full, sizeof(Step));
-        barrier_arrive_at(address_in(shared_address(&shared_.step_empty[step_slot]), 0));
+        ptx::arrive_and_expect(step_full, sizeof(Step));
+        ptx::arrive_remote(ptx::at_rank(ptx::address_of(&shared_.step_empty[step_slot]), 0));
       }
       if (++step_slot == Config::kSteps) {
         step_slot = 0;
@@ -317,7 +319,7 @@ class Panel {
         count += present;
       }
       while (in_flight == Config::kStages || free < count) {
-        barrier_wait(shared_address(&shared_.empty[tail]), empty_parity);
+        ptx::wait(ptx::address_of(&shared_.empty[tail]), empty_parity);
         if (++tail == Config::kStages) {
           tail = 0;
           empty_parity ^= 1;
@@ -327,8 +329,8 @@ class Panel {
       }
       if (lane == 0) {
         shared_.stages[head] = {panel, step.token, slots, step.within & 1};
-        barrier_arrive_expect(shared_address(&shared_.full[head]),
-                              count ? Config::kInputBytes + count * Config::kPieceBytes : 0);
+        ptx::arrive_and_expect(ptx::address_of(&shared_.full[head]),
+                               count ? Config::kInputBytes + count * Config::kPieceBytes : 0);
         if (count) {
           cute::SM90_TMA_LOAD_2D::copy(&params_.input, &shared_.full[head], kHint,
                                        shared_.input[head], step.column, step.token);
@@ -369,9 +371,9 @@ class Panel {
 
     const int lane = threadIdx.x % 32;
     const uint32_t release_at =
-        address_in(shared_address(&shared_.empty[0]), lane < kCluster ? lane : 0);
+        ptx::at_rank(ptx::address_of(&shared_.empty[0]), lane < kCluster ? lane : 0);
     auto release = [&](int stage) {
-      if (lane < kCluster) barrier_arrive_at(release_at + stage * sizeof(uint64_t));
+      if (lane < kCluster) ptx::arrive_remote(release_at + stage * sizeof(uint64_t));
     };
     Store<T, Config::kLineRows, Config::kStoreTokens> store(
         &params_.output, shared_.output[warpgroup], warpgroup + 1);
@@ -385,13 +387,13 @@ class Panel {
       Stage what;
       int held = -1;  // the stage that is still being multiplied
       do {
-        barrier_wait(shared_address(&shared_.full[stage]), parity);
+        ptx::wait(ptx::address_of(&shared_.full[stage]), parity);
         what = shared_.stages[stage];
         // The same for all lanes, and ptxas has to see it: it serialises wgmma in divergent code.
         const uint32_t slot = __shfl_sync(~0u, what.slots, 0) >> (8 * warpgroup) & 0xff;
         if (slot != kAbsent) {
-          const uint64_t input = kInput | descriptor_address(shared_address(shared_.input[stage]));
-          const uint64_t piece = kPiece | descriptor_address(shared_address(shared_.pieces[slot]));
+          const uint64_t input = kInput | descriptor_address(ptx::address_of(shared_.input[stage]));
+          const uint64_t piece = kPiece | descriptor_address(ptx::address_of(shared_.pieces[slot]));
           cute::warpgroup_arrive();  // and commit, in the branch: ptxas serialises otherwise
 #pragma unroll
           for (int k = 0; k < Config::kSlab / 16; ++k) {

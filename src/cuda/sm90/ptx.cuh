@@ -30,16 +30,19 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Also acquires what other CTAs of the cluster wrote. Costs a fence: not for every stage.
-__device__ inline void wait_for_cluster(uint32_t barrier, uint32_t parity) {
+// Whether the phase is over; true at once or after a short wait.
+__device__ inline bool is_over(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
       : "memory");
+  return over != 0;
 }
 
 __device__ inline void arrive(uint32_t barrier) {
@@ -63,13 +66,24 @@ __device__ inline void arrive_remote(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
-// Arrives, and writes `value` there as the four bytes that the barrier then expects.
-__device__ inline void send(uint32_t remote, uint32_t value, uint32_t remote_barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], 4;" ::"r"(remote_barrier)
-               : "memory");
+// Arrives where `on`, without a branch.
+__device__ inline void arrive_remote_if(bool on, uint32_t remote_barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote),
-      "r"(value), "r"(remote_barrier)
+      "{\n"
+      ".reg .pred on;\n"
+      "setp.ne.s32 on, %1, 0;\n"
+      "@on mbarrier.arrive.shared::cluster.b64 _, [%0];\n"
+      "}" ::"r"(remote_barrier),
+      "r"(static_cast<int>(on))
+      : "memory");
+}
+
+// Writes 16 bytes there, which the barrier counts.
+__device__ inline void send(uint32_t remote, int4 words, uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(remote),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(remote_barrier)
       : "memory");
 }
 
@@ -94,26 +108,33 @@ __device__ inline void load_box_multicast(const CUtensorMap* map, uint32_t to, u
       : "memory");
 }
 
-// Four bytes that arrive some time later, without a register to hold them.
-
-__device__ inline void copy_word(void* shared, const int32_t* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address_of(shared)), "l"(global)
-               : "memory");
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(row)
-               : "memory");
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+  }
+}
+
+// An 8x8 matrix of 16-bit elements, two to a lane, transposed.
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
+// Keeps a value in its register: ptxas would rather compute it again at each use.
+template <class T>
+__device__ inline void keep_in_register(T& value) {
+  asm volatile("" : "+r"(value));
 }
 
 }  // namespace block_sparse::cuda::sm90::ptx

@@ -4,12 +4,13 @@
 // launched is in sampled.cu; in which order x is read for blocks 16 wide is in retile.cuh.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "cuda/sm90/barrier.cuh"
+#include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/sampled_args.cuh"
 #include "cuda/sm90/sampled_store.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -66,11 +67,11 @@ __device__ void produce(const CUtensorMap& dy, const CUtensorMap& x, const Sampl
     unit = __shfl_sync(~0u, unit, slot % 32);
     const bool mine = slot < 32 && (present >> slot % 32 & 1);
     for (int step = work.begin; step < work.end; ++step) {
-      barrier_wait(shared_address(&shared.empty[at.stage]), at.phase ^ 1);
+      ptx::wait(ptx::address_of(&shared.empty[at.stage]), at.phase ^ 1);
       uint64_t* full = &shared.full[at.stage];
       // All warps arrive, so that none can fall behind by two phases, which look alike.
       if (lane == 0) {
-        barrier_arrive_expect(shared_address(full), slot == 0 ? bytes : 0);
+        ptx::arrive_and_expect(ptx::address_of(full), slot == 0 ? bytes : 0);
       }
       __syncwarp();
       if (mine) {
@@ -102,7 +103,7 @@ __device__ void consume(const SampledArgs& args, SampledShared& shared, const Sc
   const int width = t.unit_out * t.group;
   const int step_out = width * 2;
   constexpr int kStepIn = kUnit <= kMaxRetiledUnit ? 2 : kUnit * 2;
-  const uint64_t base = descriptor_address(shared_address(shared.stages));
+  const uint64_t base = descriptor_address(ptx::address_of(shared.stages));
   const uint64_t all_out = feature_major(width) + base + group * (kOutBytes / 2 / 16);
   const uint64_t all_in =
       (kUnit <= kMaxRetiledUnit ? swizzled_operand<kUnitBytes>() : feature_major(kUnit)) + base +
@@ -115,7 +116,7 @@ __device__ void consume(const SampledArgs& args, SampledShared& shared, const Sc
     const int32_t* record = TileReader{args}.record(work.tile);
     int held = -1;
     for (int step = work.begin; step < work.end; ++step) {
-      barrier_wait(shared_address(&shared.full[at.stage]), at.phase);
+      ptx::wait(ptx::address_of(&shared.full[at.stage]), at.phase);
       const uint64_t out = all_out + at.stage * (kStageBytes / 16);
       const uint64_t in = all_in + at.stage * (kStageBytes / 16);
       cute::warpgroup_arrive();
@@ -126,12 +127,12 @@ __device__ void consume(const SampledArgs& args, SampledShared& shared, const Sc
       }
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();
-      if (leader && held >= 0) barrier_arrive_at(shared_address(&shared.empty[held]));
+      if (leader && held >= 0) ptx::arrive_remote(ptx::address_of(&shared.empty[held]));
       held = at.stage;
       at.advance();
     }
     cute::warpgroup_wait<0>();
-    if (leader) barrier_arrive_at(shared_address(&shared.empty[held]));
+    if (leader) ptx::arrive_remote(ptx::address_of(&shared.empty[held]));
 #pragma unroll
     for (int j = 0; j < kSums; ++j) cute::warpgroup_fence_operand(sums[j]);
     if (work.parts > 1 && !join_parts(sums, args, work, shared)) continue;
@@ -145,14 +146,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ SampledArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char raw[];
-  const uint32_t misaligned = shared_address(raw) % 1024;
+  const uint32_t misaligned = ptx::address_of(raw) % 1024;
   auto& shared = *reinterpret_cast<SampledShared*>(raw + (misaligned ? 1024 - misaligned : 0));
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(shared_address(&shared.full[i]), kProducerWarps);
-      barrier_init(shared_address(&shared.empty[i]), 2);
+      ptx::init(ptx::address_of(&shared.full[i]), kProducerWarps);
+      ptx::init(ptx::address_of(&shared.empty[i]), 2);
     }
-    barrier_init_fence();
+    cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   const Schedule schedule(TileReader{args}.count(), gridDim.x, args.steps, blockIdx.x);

@@ -9,7 +9,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "block_sparse/dtype.h"
-#include "cuda/sm90/barrier.cuh"
+#include "cuda/sm90/ptx.cuh"
 
 namespace block_sparse::cuda::sm90 {
 
@@ -70,7 +70,7 @@ class Store {
     for (int part = 0; part < 2 * kSums / kTokens; ++part) {
       if (thread == 0) cute::tma_store_wait<1>();  // the buffer before last was read
       sync();
-      const uint32_t to = shared_address(buffers_.bytes[turn_]) + box * kBoxBytes +
+      const uint32_t to = ptx::address_of(buffers_.bytes[turn_]) + box * kBoxBytes +
                           token_row * kPitch + (chunk ^ swizzle) * 16;
 #pragma unroll
       for (int j = 0; j < kTokens / 8; j += 2) {

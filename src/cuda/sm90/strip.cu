@@ -1,36 +1,30 @@
 // cuda_sm90_strip: forward and grad_input with small blocks on Hopper, 16-bit elements. What it
 // takes and what it refuses; how it works is told in strip.cuh.
-#include <algorithm>
-#include <limits>
-
 #include "cuda/sm90/hopper.h"
 #include "cuda/sm90/strip_launch.h"
+#include "cuda/sm90/strip_walk.h"
 #include "kernels.h"
 
 namespace block_sparse::cuda::sm90 {
 
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
-bool takes_side(int64_t side) { return side == 16 || side == 32 || side == 64 || side == 128; }
-
 Refusal why_not(const ProductDesc& desc) {
   if (desc.product == Product::grad_weight) return "computes forward and grad_input only";
   if (Refusal refusal = why_not_hopper(desc)) return refusal;
-  if (!desc.planned) return "the index has no masks behind it (the op with_walks makes them)";
-  if (!takes_side(desc.block.out) || !takes_side(desc.block.in)) {
-    return concat("takes blocks with sides of 16, 32, 64 or 128, not ", desc.block.out, "x",
-                  desc.block.in);
+  if (!desc.planned) return "the index has no lists behind it (the op with_walks makes them)";
+  if (!strips::takes_block(desc.block)) {
+    return concat("takes blocks with sides of 16, 32, 64 or 128, one of them under 64, not ",
+                  desc.block.out, "x", desc.block.in);
   }
-  if (std::max({desc.tokens, desc.out_features, desc.in_features}) > kMaxInt / 2) {
-    return concat("counts tokens and features in 30 bits: ", desc.tokens, ", ", desc.out_features,
-                  " or ", desc.in_features, " is too many");
+  const bool transposed = desc.product == Product::grad_input;
+  if (strips::walk_size(desc.grid(), desc.block, transposed) == 0) {
+    return concat("a sum is over more than ", strips::kMaxColumns, " columns of pieces");
   }
   return std::nullopt;
 }
 
-int64_t workspace(const ProductDesc&, const Execution&) { return strips::kWorkspaceBytes; }
+int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
 
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   if (desc.tokens == 0) return;

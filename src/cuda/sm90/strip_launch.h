@@ -9,8 +9,6 @@
 
 namespace block_sparse::cuda::sm90::strips {
 
-constexpr int64_t kWorkspaceBytes = 64;  // the counter of tiles
-
 // The kernel for the block's sides; those of 64 and 128 are taken in pieces of 32. `kTransposed`:
 // grad_input, else forward.
 template <bool kTransposed>

@@ -1,6 +1,5 @@
-// The loads of a strip kernel: x by one warp, W by two that take turns at the stages. They do what
-// the tiles and the records say and decide nothing. In several warps, since a warp issues its
-// copies one after the other, and each wait is a round trip.
+// The loads of a strip kernel: x by one warp, W by three that take turns at the stages. They do
+// what the walk says and decide nothing.
 #pragma once
 
 #include "cuda/sm90/strip_params.cuh"
@@ -9,96 +8,106 @@ namespace block_sparse::cuda::sm90::strips {
 
 // This CTA's share of the tokens of each stage, to the whole cluster.
 template <Config kConfig>
-__device__ void load_x(const Params& params, Shared<kConfig>& shared, int tile, int rank) {
-  using Size = Sizes<kConfig>;
-  constexpr int kCluster = kConfig.tile.cluster;
-  constexpr int kShare = Size::kTokens / kCluster;
+__device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_tile, int clusters,
+                       int rank) {
+  constexpr Tile kTile = kConfig.tile;
+  constexpr int kShare = kTile.tokens / kCluster;
   const bool speaks = threadIdx.x % 32 == 0;
   const uint32_t full = ptx::address_of(shared.full);
   const uint32_t empty = ptx::address_of(shared.empty);
   const uint32_t x = ptx::address_of(shared.x) + rank * kShare * kStageDepth * 2;
-  TileReader<kConfig> tiles;
-  Cursor<kConfig.tile.stages> at;
-  for (; tile >= 0; tile = tiles.next(shared)) {
-    const int token =
-        params.raster.at(tile, rank, kCluster).token_tile * Size::kTokens + rank * kShare;
+  Cursor<kTile.stages> at;
+  for (int tile = first_tile; tile < params.raster.tiles(); tile += clusters) {
+    const int token = params.raster.at(tile).token_tile * kTile.tokens + rank * kShare;
     for (int stage = 0; stage < params.stages; ++stage, at.advance()) {
       ptx::wait(empty + at.slot * 8, at.lap ^ 1);
       if (speaks) {
         const uint32_t barrier = full + at.slot * 8;
-        const uint32_t to = x + at.slot * Size::kXBytes;
-        ptx::arrive_and_expect(barrier, Size::kXBytes);
-        if constexpr (kCluster == 1) {
-          ptx::load_box(&params.x, to, barrier, token, stage * kStageDepth);
-        } else {
-          ptx::load_box_multicast(&params.x, to, barrier, token, stage * kStageDepth,
-                                  (1 << kCluster) - 1);
-        }
+        ptx::arrive_and_expect(barrier, kTile.stage_bytes());
+        ptx::load_box_multicast(&params.x, x + at.slot * kTile.stage_bytes(), barrier, token,
+                                stage * kStageDepth, (1 << kCluster) - 1);
       }
       __syncwarp();
     }
   }
-  ptx::wait(empty + at.slot * 8, at.lap ^ 1);
-  if (speaks) ptx::arrive(full + at.slot * 8);
-  __syncwarp();
 }
 
-// Every second stage, from `first`; lane i fetches pieces i, i + 32, ...
+// Every third stage, from `first`; lane i fetches pieces i and i + 32. What is read from memory is
+// read two stages of this warp before it is used: one load in the chain of a stage, or a hundred
+// instructions, make these warps the limiter of the kernel.
 template <Config kConfig>
-__device__ void load_w(const Params& params, Shared<kConfig>& shared, int first) {
+__device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_tile, int clusters,
+                       int rank, int first) {
   using Size = Sizes<kConfig>;
-  constexpr int kStages = kConfig.tile.stages;
-  constexpr int kPieceWidth = Size::kSwizzleBytes / 2;
-  constexpr int kRounds = (Size::kPieces + 31) / 32;
-  constexpr int kWords = sizeof(StageWork<kConfig>) / 4;
+  constexpr Tile kTile = kConfig.tile;
+  constexpr int kRounds = (Size::kStagePieces + 31) / 32;
+  constexpr int kPieceWidth = Size::kRowBytes / 2;
   const int lane = threadIdx.x % 32;
-  const uint32_t full = ptx::address_of(shared.full);
-  const uint32_t empty = ptx::address_of(shared.empty);
-  const uint32_t w = ptx::address_of(shared.w);
-  Cursor<kStages> at;
-  Cursor<Size::kRecords> from;
+  uint32_t full = ptx::address_of(shared.full);
+  uint32_t empty = ptx::address_of(shared.empty);
+  uint32_t w = ptx::address_of(shared.w);
+  ptx::keep_in_register(full);
+  ptx::keep_in_register(empty);
+  ptx::keep_in_register(w);
+
+  struct Pieces {
+    int at[kRounds];
+  };
+  const int last_piece = params.piece_capacity - 64;
+  const auto read_pieces = [&](const StageRecord& record) {
+    Pieces pieces;
+    const int32_t* list = params.pieces + min(max(record.first, 0), last_piece) + lane;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) pieces.at[i] = __ldg(list + i * 32);
+    return pieces;
+  };
+
+  Cursor<kTile.stages> at;
   at.advance(first);
-  from.advance(first);
-  for (int tile = 0; tile >= 0; at.advance(2), from.advance(2)) {
-    ptx::wait(ptx::address_of(&shared.record_full[from.slot]), from.lap);
-    const Record<kConfig>& record = shared.records[from.slot];
-    tile = record.work.tile;
-    const int slot = record.slot;
-    const int pieces = record.pieces;
-    const int earlier = static_cast<int>(at.slot) - record.back;
-    int32_t mine[kRounds];
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) mine[i] = record.piece[min(i * 32 + lane, Size::kPieces - 1)];
-    const uint32_t word = reinterpret_cast<const uint32_t*>(&record.work)[lane % kWords];
-    __syncwarp();
-    if (lane == 0) ptx::arrive(ptx::address_of(&shared.record_empty[from.slot]));
+  int stage = first;
+  for (int tile = first_tile; tile < params.raster.tiles(); tile += clusters) {
+    const int panel = params.raster.at(tile).panel_cluster * kCluster + rank;
+    const StageRecord* list = params.records + int64_t{panel} * params.stages + stage;
+    StageRecord record = read(list), next = read(list + kWLoaders);
+    Pieces pieces = read_pieces(record);
+    for (; stage < params.stages; stage += kWLoaders, at.advance(kWLoaders)) {
+      list += kWLoaders;
+      const StageRecord after = read(list + kWLoaders);
+      const Pieces next_pieces = read_pieces(next);
+      const int count = min(record.work & 255, Size::kStagePieces);
+      const int slot = min(record.work >> 8 & 255, Size::kRing - 1);
+      const int back = min(max(record.work >> 16 & 255, 1), kTile.stages);
 
-    // Wait for what was in this slot, then for what is in the strips' way: a parity says something
-    // only of a phase whose predecessor is known to be over.
-    ptx::wait(empty + at.slot * 8, at.lap ^ 1);
-    if (earlier >= 0) {
-      ptx::wait(empty + earlier * 8, at.lap);
-    } else {
-      ptx::wait(empty + (earlier + kStages) * 8, at.lap ^ 1);
-    }
+      // In two steps: a parity says something only of a phase whose predecessor is known to be
+      // over, here that of three stages before.
+      const auto wait_until_released = [&](int back) {
+        const int earlier = static_cast<int>(at.slot) - back;
+        if (earlier >= 0) {
+          ptx::wait(empty + earlier * 8, at.lap);
+        } else {
+          ptx::wait(empty + (earlier + kTile.stages) * 8, at.lap ^ 1);
+        }
+      };
+      wait_until_released(max(back, kWLoaders));
+      if (back < kWLoaders) wait_until_released(back);
 
-    if (lane < kWords) reinterpret_cast<uint32_t*>(&shared.work[at.slot])[lane] = word;
-    __syncwarp();
-    const uint32_t barrier = full + at.slot * 8;
-    if (lane == 0) ptx::arrive_and_expect(barrier, pieces * Size::kPieceBytes);
-    __syncwarp();
+      const uint32_t barrier = full + at.slot * 8;
+      if (lane == 0) ptx::arrive_and_expect(barrier, count * Size::kPieceBytes);
+      __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int piece = i * 32 + lane;
-      if (piece >= pieces) continue;
-      int place = slot * Size::kRowsPerStrip + piece;
-      if (place >= kConfig.tile.ring * Size::kRowsPerStrip) {
-        place -= kConfig.tile.ring * Size::kRowsPerStrip;
+      for (int i = 0; i < kRounds; ++i) {
+        const int piece = i * 32 + lane;
+        if (piece >= count) continue;
+        int place = slot + piece;
+        if (place >= Size::kRing) place -= Size::kRing;
+        ptx::load_box(&params.values, w + place * Size::kPieceBytes, barrier,
+                      (pieces.at[i] & ~15) / Size::kLineRows, (pieces.at[i] & 15) * kPieceWidth);
       }
-      ptx::load_box(&params.values, w + place * Size::kPieceBytes, barrier, mine[i] & ~15,
-                    (mine[i] & 15) * kPieceWidth);
+      record = next;
+      next = after;
+      pieces = next_pieces;
     }
-    __syncwarp();
+    stage -= params.stages;
   }
 }
 

@@ -1,20 +1,49 @@
-// The consumers of a strip kernel: x from shared memory into registers, wgmma with the present
-// strips of W, and the stores. They know the pattern only as the masks of each stage.
+// The consumers of a strip kernel: fragments of W from shared memory, wgmma with a stage of x, and
+// the stores. They follow their lists of items.
 #pragma once
 
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // an N of 176
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cute/arch/mma_sm90_gmma.hpp>  // warpgroup_wait
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/mma_sm90_gmma_ext.hpp>
 #include <utility>
 
 #include "cuda/sm90/strip_params.cuh"
-#include "cuda/sm90/strip_wgmma.cuh"
+#include "cuda/sm90/wgmma.cuh"
 
 namespace block_sparse::cuda::sm90::strips {
 
+using Fragment = uint32_t[4];
+
+// wgmma with W in registers, by element type and tokens.
+template <Dtype kDtype, int kTokens>
+struct StripMma;
+template <>
+struct StripMma<Dtype::bf16, 176>
+    : cute::SM90::GMMA::MMA_64x176x16_F32BF16BF16_RS<Major::K, Major::K> {};
+template <>
+struct StripMma<Dtype::f16, 176>
+    : cute::SM90::GMMA::MMA_64x176x16_F32F16F16_RS<Major::K, Major::K> {};
+template <>
+struct StripMma<Dtype::bf16, 192>
+    : cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_RS<Major::K, Major::K> {};
+template <>
+struct StripMma<Dtype::f16, 192>
+    : cute::SM90::GMMA::MMA_64x192x16_F32F16F16_RS<Major::K, Major::K> {};
+
+// sums[64, tokens] += W[64, 16] xt[16, tokens].
+template <Dtype kDtype, int kSums>
+__device__ __forceinline__ void multiply_strip(float (&sums)[kSums], const Fragment& w,
+                                               uint64_t x) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    StripMma<kDtype, 2 * kSums>::fma(w[0], w[1], w[2], w[3], x, sums[I]..., ScaleOut::One);
+  }(std::make_index_sequence<kSums>{});
+}
+
 template <Dtype kDtype>
-__device__ inline uint32_t pack(float low, float high) {
+__device__ __forceinline__ uint32_t pack(float low, float high) {
   if constexpr (kDtype == Dtype::bf16) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
@@ -25,237 +54,370 @@ __device__ inline uint32_t pack(float low, float high) {
 }
 
 template <Dtype kDtype>
-__device__ inline float2 unpack(uint32_t pair) {
+__device__ __forceinline__ float to_float(uint16_t bits) {
   if constexpr (kDtype == Dtype::bf16) {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+    return __uint_as_float(uint32_t{bits} << 16);
   } else {
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
+    return __half2float(__ushort_as_half(bits));
   }
 }
 
-// What wgmma is told about a strip in shared memory. 8 rows of a piece make a group of the swizzle.
-// Forward, groups follow each other along the outputs; transposed, along the depth, and the second
-// piece of a strip is a piece further.
-template <Config kConfig>
-struct StripLayout {
-  using Size = Sizes<kConfig>;
-  static constexpr bool kTransposed = kConfig.piece.transposed;
-  static constexpr uint32_t kSwizzle = Size::kSwizzleBytes == 64 ? 2 : 3;
-  static constexpr uint32_t kHigh = kSwizzle << 30 | Size::kSwizzleBytes * 8 / 16;
-  static constexpr uint32_t kLow = (kTransposed ? Size::kPieceBytes / 16 : 1) << 16;
-  // In units of the low word, 16 bytes.
-  static constexpr uint32_t kStep =
-      (kTransposed ? kStepDepth * Size::kSwizzleBytes : kStepDepth * 2) / 16;
-  static constexpr uint32_t kStrip = Size::kStripBytes / 16;
+// An item as the warps of one row of pieces see it.
+struct Item {
+  static constexpr int kWithin = 16, kGroup = 19, kNone = 20, kSlot = 24;
+  uint32_t bits;  // stage (16), where the column is in it (3, in 16 bytes), group, none, slot (8)
+
+  __device__ int stage() const { return bits & 0xffff; }
+  __device__ uint32_t within() const { return bits >> kWithin & 7; }
+  __device__ int group() const { return bits >> kGroup & 1; }
+  __device__ bool none() const { return bits >> kNone & 1; }
+  __device__ uint32_t slot() const { return bits >> kSlot; }
 };
 
 template <Config kConfig>
 class Multiply {
  public:
   using Size = Sizes<kConfig>;
-  static constexpr int kStrips = kConfig.tile.strips;
-  static constexpr int kCluster = kConfig.tile.cluster;
-  static_assert(kStrips == kTileStrips);
-  // A stage is multiplied in two halves, whose fragments are loaded in turn.
-  static constexpr int kHalfDepth = kStageDepth / 2;
-  static constexpr int kHalfColumns = kHalfDepth / kConfig.piece.depth;
-  static constexpr int kPieceSteps = kConfig.piece.depth / kStepDepth;
-  static constexpr int kHalfSteps = kHalfDepth / kStepDepth;
-  using Half = Fragment[kHalfSteps];
+  static constexpr Piece kPiece = kConfig.piece;
+  static constexpr Tile kTile = kConfig.tile;
+  static constexpr int kGroups = kTile.groups;
+  using Sums = float[kTile.tokens / 2];  // of a thread, for each group
+  static constexpr int kBatch = batch_of(kPiece.depth);
+  using Fragments = Fragment[Size::kPieceSteps];
+  using Batch = Fragments[kBatch];
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
-      : params_(params), shared_(shared), rank_(rank), lane_(threadIdx.x % 32) {
-    const int row = threadIdx.x / 32 * 16 + lane_ % 16;  // of the tile's tokens
-    x_ = ptx::address_of(shared.x) + row * (kStageDepth * 2) + ((lane_ / 16 ^ row % 8) << 4);
-    // In a cluster a shared address carries the rank above the 18 bits that a descriptor has.
-    ring_.begin = ring_.next =
-        StripLayout<kConfig>::kLow | (ptx::address_of(shared.w) & 0x3ffff) >> 4;
-    ring_.end = ring_.begin + kConfig.tile.ring * StripLayout<kConfig>::kStrip;
+      : params_(params), rank_(rank), warpgroup_(threadIdx.x / 128), lane_(threadIdx.x % 32) {
+    const int warp = threadIdx.x / 32 % 4;
+    row_ = warp * kWarpOutputs / kPiece.outputs;
+    within_piece_ = warp * kWarpOutputs % kPiece.outputs;
+    w_ = ptx::address_of(shared.w) + fragment_offset();
+    x_ = static_cast<uint32_t>(kOperand | descriptor_address(ptx::address_of(shared.x)));
     full_ = ptx::address_of(shared.full);
     empty_ = ptx::at_rank(ptx::address_of(shared.empty), lane_ % kCluster);
+    ptx::keep_in_register(w_);
+    ptx::keep_in_register(x_);
+    ptx::keep_in_register(empty_);
   }
 
-  __device__ void run() {
-    Sums sums[kStrips];
-    Half first, second;
-    for (;;) {
-      const int tile = arrive_at_stage();
-      if (tile < 0) return;
-      const Raster::Place place = params_.raster.at(tile, rank_, kCluster);
+  __device__ __forceinline__ void run(int first_tile, int clusters) {
+    Sums sums[kGroups];
+    Batch fragments[2];
+    int tile = first_tile;
+    begin(tile);
+    begin_list();
+    for (; tile < params_.raster.tiles(); tile += clusters) {
 #pragma unroll
-      for (Sums& strip : sums) {
+      for (Sums& group : sums) {
 #pragma unroll
-        for (float& sum : strip) sum = 0;
+        for (float& sum : group) sum = 0;
       }
-      load<0>(first);
-      for (int stage = 0;;) {
-        settle(issue<0>(sums, first));
-        keep(second);
-        if (stage > 0) release();
-        load<1>(second);
-        settle(issue<1>(sums, second));
-        keep(first);
-        at_.advance();
-        if (++stage == params_.stages) break;
-        arrive_at_stage();
-        load<0>(first);
+      stage_ = -1;
+      held_ = false;
+#pragma unroll 1
+      for (int from = 0; from < items_; from += 32) {
+        const Item mine = item_of(next_);
+        next_ = __ldg(list_ + from + 32);
+        Item items[2][kBatch];
+#pragma unroll
+        for (int u = 0; u < 2; ++u) read_batch(items[u], mine, u * kBatch);
+        const int count = min(32, items_ - from);
+#pragma unroll 1
+        for (int i = 0; i < count; i += 2 * kBatch) {
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            if (u > 0 && items[u][0].none()) break;
+            multiply(items[u], sums, fragments[u]);
+            read_batch(items[u], mine, i + (2 + u) * kBatch);
+          }
+        }
       }
       cute::warpgroup_wait<0>();
-      keep(second);
+      keep(fragments[0]);
+      keep(fragments[1]);
+      release(held_);
+      if (stage_ >= 0) release(true);
+      skip_to(params_.stages);
       settled(sums);
-      release();
-      store(sums, place);
+
+      const Outputs outputs = outputs_;
+      begin(tile + clusters);
+      store<0>(sums, outputs);
+      begin_list();  // on its way while the rest is stored
+      store<1>(sums, outputs);
     }
   }
 
  private:
-  // The tile of the next stage, once it is there. While waiting a consumer holds one stage: the
-  // ring of W has room for two.
-  __device__ int arrive_at_stage() {
-    ptx::wait(full_ + at_.slot * 8, at_.lap);
-    const StageWork<kConfig>& work = shared_.work[at_.slot];
-#pragma unroll
-    for (int i = 0; i < Size::kColumns; ++i) present_[i] = work.present[i];
-    // The shuffle tells the compiler that all lanes agree: what follows lives in uniform registers.
-    return __shfl_sync(kAllLanes, work.tile, 0);
-  }
+  static constexpr uint64_t kOperand = swizzled_operand<kStageDepth * 2>();
+  static constexpr uint32_t kHigh = kOperand >> 32;
 
-  template <int kHalf>
-  __device__ void load(Half& half) {
+  static constexpr int kReadAhead = static_cast<int>(WalkLayout::kItemPadding);
+
+  // Where a tile's results go: first token, first output of each group.
+  struct Outputs {
+    int token;
+    int first[kGroups];
+  };
+
+  // Reads what is known of a tile, and then the first of its items.
+  __device__ __forceinline__ void begin(int tile) {
+    if (tile >= params_.raster.tiles()) return;
+    const Raster::Place place = params_.raster.at(tile);
+    const int panel = place.panel_cluster * kCluster + rank_;
+    const Span* span = params_.spans + panel * kTile.warpgroups + warpgroup_;
+    const int first = min(max(__ldg(&span->first), 0), params_.item_capacity);
+    items_ = max(min(__ldg(&span->count), params_.item_capacity - kReadAhead - first), 0);
+    list_ = params_.items + first + lane_;
+    outputs_.token = place.token_tile * kTile.tokens;
 #pragma unroll
-    for (int i = 0; i < kHalfSteps; ++i) {
-      ptx::load_matrices(half[i], (x_ ^ (kHalf * kHalfSteps + i) << 5) + at_.slot * Size::kXBytes);
+    for (int g = 0; g < kGroups; ++g) {
+      const int group = (panel * kTile.warpgroups + warpgroup_) * kGroups + g;
+      outputs_.first[g] =
+          first_output<kConfig>(params_, group * Size::kGroupRows + row_) + within_piece_;
     }
   }
 
-  // Multiplies half a stage by the strips that are present; how many.
-  template <int kHalf>
-  __device__ int issue(Sums (&sums)[kStrips], const Half& half) {
-    int strips = 0;
-#pragma unroll
-    for (int column = 0; column < kHalfColumns; ++column) {
-      const uint32_t present = present_[kHalf * kHalfColumns + column];
-      strips += __popc(present);
-      constexpr int kLast = kPieceSteps - 1;
-      multiply_present<kConfig.dtype, StripLayout<kConfig>, kPieceSteps, Size::kRowsPerStrip>(
-          present, sums, half[column], half[column + kLast], ring_);
-    }
-    return strips;
+  __device__ __forceinline__ void begin_list() { next_ = __ldg(list_); }
+
+  // A word of the list (strip_walk.h). What it says may be nonsense, but leads nowhere else.
+  __device__ Item item_of(uint32_t word) const {
+    constexpr uint32_t kRows = (1u << Size::kGroupRows) - 1;
+    const uint32_t rows = word >> kItemRows & kRows;
+    const uint32_t depth = (word >> kItemColumn) * kPiece.depth;
+    uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
+    if (slot >= Size::kRing) slot -= Size::kRing;
+    slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
+    return {min(depth / kStageDepth, static_cast<uint32_t>(params_.stages - 1)) |
+            depth % kStageDepth / 8 << Item::kWithin | (word >> kItemGroup & 1) << Item::kGroup |
+            uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
   }
 
-  // Waits until no product of an earlier half is under way, when the last one issued `strips`: its
-  // last few may be.
-  __device__ static void settle(int strips) {
-    if (strips >= kConfig.tile.in_flight) {
-      cute::warpgroup_wait<kConfig.tile.in_flight>();
-    } else {
+  __device__ static void read_batch(Item (&items)[kBatch], const Item& mine, int lane) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) items[i].bits = __shfl_sync(kAllLanes, mine.bits, lane + i);
+  }
+
+  // One batch is always under way: its fragments and its stage are in use until the next one waits.
+  __device__ __forceinline__ void multiply(const Item (&items)[kBatch], Sums (&sums)[kGroups],
+                                           Batch& fragments) {
+    cute::warpgroup_wait<kBatch>();
+    keep(fragments);
+    release(held_);
+    held_ = false;
+    if (items[0].stage() > stage_) arrive_at(items[0].stage());
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const uint32_t piece = piece_at(items[i].slot());
+#pragma unroll
+      for (int step = 0; step < Size::kPieceSteps; ++step) {
+        ptx::load_matrices<kPiece.transposed>(fragments[i][step], at_step(piece, step));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (i == 0 || !items[i].none()) multiply(items[i], sums, fragments[i]);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const Item& item, Sums (&sums)[kGroups],
+                                           const Fragments& fragments) {
+    const uint32_t x = x_stage_ + item.within();
+    static_assert(kGroups <= 2);
+    if (item.group() == 0) multiply_group(sums[0], fragments, x);
+    if (kGroups == 2 && item.group() == 1) multiply_group(sums[kGroups - 1], fragments, x);
+  }
+
+  // Fence and commit stand in the branch, or ptxas serialises (C7520).
+  __device__ __forceinline__ static void multiply_group(Sums& sums, const Fragments& fragments,
+                                                        uint32_t x) {
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = 0; step < Size::kPieceSteps; ++step) {
+      multiply_strip<kConfig.dtype>(sums, fragments[step],
+                                    uint64_t{kHigh} << 32 | (x + step * (kStepDepth / 8)));
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // Makes `stage` the one in use. The stage before it is released when its last item is done,
+  // but never held while waiting: its pieces may be where the next ones go.
+  __device__ __forceinline__ void arrive_at(int stage) {
+    if (stage > stage_ + 1) {
       cute::warpgroup_wait<0>();
+      release(stage_ >= 0);
+      skip_to(stage);
+      wait_for_next();
+    } else {
+      held_ = stage_ >= 0;
+      ++stage_;
+      const uint32_t barrier = full_ + at_.slot * 8;
+      if (!ptx::is_over(barrier, at_.lap)) {
+        cute::warpgroup_wait<0>();
+        release(held_);
+        held_ = false;
+        ptx::wait(barrier, at_.lap);
+      }
+      x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
+      at_.advance();
     }
   }
 
-  // A fragment must live until the wait for its products: ptxas does not know that they read it.
-  __device__ static void keep(const Half& half) {
+  // Releases all stages before `stage` that nothing is needed of.
+  __device__ void skip_to(int stage) {
+#pragma unroll 1
+    while (stage_ + 1 < stage) {
+      wait_for_next();
+      release(true);
+    }
+  }
+
+  __device__ void wait_for_next() {
+    ++stage_;
+    ptx::wait(full_ + at_.slot * 8, at_.lap);
+    x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
+    at_.advance();
+  }
+
+  // Lane i tells CTA i of the cluster that this warp is done with the oldest stage it held.
+  __device__ __forceinline__ void release(bool on) {
+    ptx::arrive_remote_if(on && lane_ < kCluster, empty_ + released_ * 8);
+    released_ += on;
+    if (released_ == kTile.stages) released_ = 0;
+  }
+
+  // Row `lane % 8` of the 8x8 matrix `lane / 8` of a fragment, within a warp's part of a piece.
+  // In memory 16 bytes of a row are swapped within the swizzle. Forward: row 8 i + g of the
+  // fragment is output 4 (g / 2) + 2 (i ^ (g / 4)) + g % 2, so that a thread ends up with four
+  // outputs side by side. Transposed: a matrix has 8 outputs side by side, rows are the depth.
+  __device__ uint32_t fragment_offset() const {
+    const int g = lane_ % 8, i = lane_ / 8 % 2, half = lane_ / 16;
+    int row = 0, chunk = 0;
+    if constexpr (kPiece.transposed) {
+      row = half * 8 + g;
+      chunk = within_piece_ / 8 + i;
+    } else {
+      row = within_piece_ + g / 2 * 4 + 2 * (i ^ g / 4) + g % 2;
+      chunk = half;
+    }
+    const int line = row / Size::kLineRows;
+    chunk += row % Size::kLineRows * (Size::kRowBytes / 16);
+    const int swizzle = Size::kLineBytes == 128 ? line % 8 : line / 2 % 4;
+    return line * Size::kLineBytes + ((chunk ^ swizzle) << 4);
+  }
+
+  // The same in another slot. The swizzle repeats after 8 lines of 128 bytes; half as many make a
+  // slot of 512.
+  __device__ uint32_t piece_at(uint32_t slot) const {
+    const uint32_t piece = w_ + slot * Size::kPieceBytes;
+    return Size::kPieceBytes == 512 ? piece ^ (slot & 1) << 6 : piece;
+  }
+
+  // The same, 16 of the depth further: transposed by rows, which may be half of what the swizzle
+  // repeats after.
+  __device__ static uint32_t at_step(uint32_t piece, int step) {
+    if constexpr (kPiece.transposed) {
+      constexpr int kBytes = kStepDepth * Size::kRowBytes;
+      const uint32_t further = piece + step * kBytes;
+      return kBytes == 512 && Size::kLineBytes == 128 ? further ^ step % 2 << 6 : further;
+    } else {
+      return piece ^ step * (kStepDepth * 2);
+    }
+  }
+
+  // A fragment must live until the wait for its products: ptxas does not know that they read it,
+  // and would give two items under way the same registers.
+  __device__ __forceinline__ static void keep(const Batch& batch) {
 #pragma unroll
-    for (int i = 0; i < kHalfSteps; ++i) {
-      asm volatile("" ::"r"(half[i][0]), "r"(half[i][1]), "r"(half[i][2]), "r"(half[i][3])
-                   : "memory");
+    for (const Fragments& fragments : batch) {
+#pragma unroll
+      for (const Fragment& f : fragments) {
+        asm volatile("" ::"r"(f[0]), "r"(f[1]), "r"(f[2]), "r"(f[3]) : "memory");
+      }
     }
   }
 
   // Plain code may touch the sums from here on, and not before.
-  __device__ static void settled(Sums (&sums)[kStrips]) {
+  __device__ __forceinline__ static void settled(Sums (&sums)[kGroups]) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-      for (float& sum : sums[s]) asm volatile("" : "+f"(sum)::"memory");
+      for (float& sum : sums[g]) asm volatile("" : "+f"(sum)::"memory");
     }
   }
 
-  // Lane i tells CTA i of the cluster that this warp is done with the stage before the last.
-  __device__ void release() {
-    if (lane_ < kCluster) ptx::arrive_remote(empty_ + released_.slot * 8);
-    released_.advance();
+  template <int kHalf>
+  __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
+    store<0, kHalf>(sums, outputs);
+    if constexpr (kGroups == 2) store<1, kHalf>(sums, outputs);
   }
 
-  __device__ void store(const Sums (&sums)[kStrips], const Raster::Place& place) const {
-    const int first = first_output(place, lane_);
-    uint32_t bias[(kStrips + 1) / 2];
-    load_bias(bias, first);
-    store_strips(sums, place.token_tile, first, bias, std::make_index_sequence<kStrips>());
-  }
-
-  // First output of the row of pieces at a place of the tile; past the end if there is none.
-  __device__ int first_output(const Raster::Place& place, int at) const {
-    const int row = place.first_strip * Size::kRowsPerStrip + at;
-    if (row >= min(place.end_strip * Size::kRowsPerStrip, params_.rows)) return params_.outputs;
-    return row_at(params_, row) * kConfig.piece.outputs;
-  }
-
-  // The same of columns 16 part to 16 part + 15 of a strip, from the lane that knows its row.
-  __device__ int first_output(int first, int strip, int part) const {
-    if constexpr (Size::kRowsPerStrip == 2) {
-      return __shfl_sync(kAllLanes, first, 2 * strip + part);
-    }
-    return __shfl_sync(kAllLanes, first, strip) + 16 * part;
-  }
-
-  // Lane i of 32 loads pairs i % 16 of strips 2 j + i / 16: one round trip to memory.
-  __device__ void load_bias(uint32_t (&bias)[(kStrips + 1) / 2], int first) const {
+  // Half the tokens of group g. 8 outputs x 8 tokens at a time are transposed within the warp; a
+  // thread then has four outputs of a token.
+  template <int g, int kHalf>
+  __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
+    const int token = outputs.token + lane_ / 4;
+    const int quad = lane_ % 4;
+    const bool odd = kPiece.transposed ? lane_ & 1 : lane_ & 2;
+    const int within =
+        kPiece.transposed ? quad / 2 * 4 + (odd ? 8 : 0) : quad * 4;  // of this thread's outputs
+    const int output = outputs.first[g] + within;
+    const int tokens = output < params_.outputs ? params_.tokens : 0;
+    float bias[2];
 #pragma unroll
-    for (int j = 0; j < (kStrips + 1) / 2; ++j) {
-      const int output = first_output(first, 2 * j + lane_ / 16, lane_ / 8 % 2) + lane_ % 8 * 2;
-      bias[j] = 0;
-      if (params_.bias != nullptr && output < params_.outputs) {
-        bias[j] = __ldg(static_cast<const uint32_t*>(params_.bias) + output / 2);
+    for (int i = 0; i < 2; ++i) bias[i] = bias_of(outputs.first[g], i);
+    uint16_t* to = static_cast<uint16_t*>(params_.output) + token * params_.output_stride + output;
+#pragma unroll
+    for (int j = kHalf * kTile.tokens / 16; j < (kHalf + 1) * kTile.tokens / 16; ++j) {
+      uint32_t pairs[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* sum = &sums[g][j * 4 + i * 2];
+        pairs[i] = ptx::transpose_matrix(pack<kConfig.dtype>(sum[0] + bias[i], sum[1] + bias[i]));
+      }
+      if constexpr (kPiece.transposed) {
+        const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? pairs[0] : pairs[1], 1);
+        pairs[0] = odd ? got : pairs[0];
+        pairs[1] = odd ? pairs[1] : got;
+      }
+      const uint2 four = !kPiece.transposed && odd ? make_uint2(pairs[1], pairs[0])
+                                                   : make_uint2(pairs[0], pairs[1]);
+      if (token + j * 8 < tokens) {
+        __stcs(reinterpret_cast<uint2*>(to + j * 8 * params_.output_stride), four);
       }
     }
   }
 
-  template <size_t... kStrip>
-  __device__ void store_strips(const Sums (&sums)[kStrips], int token_tile, int first,
-                               const uint32_t (&bias)[(kStrips + 1) / 2],
-                               std::index_sequence<kStrip...>) const {
-    (store_strip(sums[kStrip], token_tile, first, bias[kStrip / 2], kStrip), ...);
-  }
-
-  // Neighbouring lanes exchange pairs, so that each has four outputs of a token in a row.
-  __device__ void store_strip(const Sums& sums, int token_tile, int first, uint32_t bias,
-                              int strip) const {
-    const bool odd = lane_ & 1;
-    const int token = token_tile * Size::kTokens + threadIdx.x / 32 * 16 + lane_ / 4;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const int column = first_output(first, strip, part) + (lane_ & 1) * 8 + (lane_ & 2) * 2;
-      const int bias_lane = strip % 2 * 16 + part * 8 + lane_ % 4;
-      const float2 even_bias = unpack<kConfig.dtype>(__shfl_sync(kAllLanes, bias, bias_lane));
-      const float2 odd_bias = unpack<kConfig.dtype>(__shfl_sync(kAllLanes, bias, bias_lane + 4));
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float* sum = &sums[part * 8 + h * 2];
-        const uint32_t even_pair = pack<kConfig.dtype>(sum[0] + even_bias.x, sum[1] + even_bias.y);
-        const uint32_t odd_pair = pack<kConfig.dtype>(sum[4] + odd_bias.x, sum[5] + odd_bias.y);
-        const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? even_pair : odd_pair, 1);
-        if (token + h * 8 < params_.tokens && column < params_.outputs) {
-          uint16_t* output = static_cast<uint16_t*>(params_.output) +
-                             (token + h * 8) * params_.output_stride + column;
-          __stcs(reinterpret_cast<uint2*>(output),
-                 odd ? make_uint2(got, odd_pair) : make_uint2(even_pair, got));
-        }
-      }
-    }
+  // Of row 8 i + lane / 4 of the fragment (fragment_offset).
+  __device__ float bias_of(int first, int i) const {
+    const int g = lane_ / 4;
+    const int output =
+        first + (kPiece.transposed ? 8 * i + g : g / 2 * 4 + 2 * (i ^ g / 4) + g % 2);
+    if (params_.bias == nullptr || output >= params_.outputs) return 0;
+    return to_float<kConfig.dtype>(__ldg(static_cast<const uint16_t*>(params_.bias) + output));
   }
 
   const Params& params_;
-  Shared<kConfig>& shared_;
   const int rank_;
+  const int warpgroup_;
   const int lane_;
-  uint32_t x_;      // of the row of x that this lane names to ldmatrix
-  uint32_t full_;   // the barriers
-  uint32_t empty_;  // of the CTA that this lane tells
-  Cursor<kConfig.tile.stages> at_;
-  Cursor<kConfig.tile.stages> released_;
-  uint32_t present_[Size::kColumns] = {};
-  StripRing ring_;
+  int row_;           // of the group's rows, this warp's
+  int within_piece_;  // its first output there
+  uint32_t w_;        // of the row of a piece in slot 0 that this lane names to ldmatrix
+  uint32_t x_;        // low word of the descriptor of stage 0
+  uint32_t full_;     // the barriers
+  uint32_t empty_;    // of the CTA that this lane tells
+
+  const uint32_t* list_ = nullptr;
+  int items_ = 0;
+  uint32_t next_ = 0;  // of the list
+  Outputs outputs_{};
+
+  Cursor<kTile.stages> at_;  // the next stage to wait for
+  uint32_t released_ = 0;    // the slot to release next
+  int stage_ = -1;           // in use
+  bool held_ = false;        // the one before it is still to be released
+  uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
 };
 
 }  // namespace block_sparse::cuda::sm90::strips

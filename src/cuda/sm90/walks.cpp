@@ -1,9 +1,9 @@
-// How the walks of a pattern lie in their array; what is in them is made in order.cu, masks.cu and
-// tiles.cu.
+// How the walks of a pattern lie in their array; what is in them is made in order.cu,
+// strip_walk.cu and tiles.cu.
 #include "cuda/sm90/walks.h"
 
-#include "cuda/sm90/masks.h"
 #include "cuda/sm90/order.h"
+#include "cuda/sm90/strip_walk.h"
 #include "cuda/sm90/tiles.h"
 
 namespace block_sparse::cuda::sm90 {
@@ -11,7 +11,7 @@ namespace {
 
 // Where each part begins.
 struct Layout {
-  int64_t row_order = 0, col_order = 0, row_masks = 0, col_masks = 0, tiles = 0, size = 0;
+  int64_t row_order = 0, col_order = 0, row_strips = 0, col_strips = 0, tiles = 0, size = 0;
 };
 
 Layout layout_of(GridShape grid, BlockShape block) {
@@ -19,9 +19,9 @@ Layout layout_of(GridShape grid, BlockShape block) {
   Layout layout;
   if (tiles == 0) return layout;  // a block that these kernels do not take
   layout.col_order = layout.row_order + order_size(grid.block_rows);
-  layout.row_masks = layout.col_order + order_size(grid.block_cols);
-  layout.col_masks = layout.row_masks + grid.block_rows * mask_words(grid.block_cols);
-  layout.tiles = layout.col_masks + grid.block_cols * mask_words(grid.block_rows);
+  layout.row_strips = layout.col_order + order_size(grid.block_cols);
+  layout.col_strips = layout.row_strips + strips::walk_size(grid, block, false);
+  layout.tiles = layout.col_strips + strips::walk_size(grid, block, true);
   layout.size = layout.tiles + tiles;
   return layout;
 }
@@ -34,8 +34,12 @@ void build_walks(const PatternView& pattern, BlockShape block, int32_t* walks, v
   const Layout layout = layout_of(pattern.grid, block);
   build_order(pattern, false, walks + layout.row_order, stream);
   build_order(pattern, true, walks + layout.col_order, stream);
-  build_masks(pattern, false, walks + layout.row_masks, stream);
-  build_masks(pattern, true, walks + layout.col_masks, stream);
+  for (const bool transposed : {false, true}) {
+    if (strips::walk_size(pattern.grid, block, transposed) == 0) continue;
+    strips::build_walk(pattern, block, transposed,
+                       walks + (transposed ? layout.col_order : layout.row_order),
+                       walks + (transposed ? layout.col_strips : layout.row_strips), stream);
+  }
   build_tiles(pattern, block, walks + layout.tiles, stream);
 }
 
@@ -44,8 +48,8 @@ void attach_walks(PatternView& pattern, BlockShape block, const int32_t* walks) 
   if (layout.size == 0) return;
   pattern.row_order = walks + layout.row_order;
   pattern.col_order = walks + layout.col_order;
-  pattern.row_masks = walks + layout.row_masks;
-  pattern.col_masks = walks + layout.col_masks;
+  pattern.row_strips = walks + layout.row_strips;
+  pattern.col_strips = walks + layout.col_strips;
   pattern.tiles = walks + layout.tiles;
 }
 

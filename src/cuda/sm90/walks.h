@@ -1,5 +1,6 @@
 // What Hopper's kernels plan once per pattern: the orders in which panels take block rows and block
-// columns, and the tiles of the sampled product. It lies behind the packed index, in one array.
+// columns, the lists of strips, and the tiles of the sampled product. It lies behind the packed
+// index, in one array.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The matrix instructions of a warpgroup (wgmma m64nNk16, fp32 sums) with both operands in shared
 // memory, chosen by element type and N, and the descriptors of operands. CuTe has the instructions;
-// this file only picks one.
+// this file only picks one. Those with A in registers: strip_multiply.cuh.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
