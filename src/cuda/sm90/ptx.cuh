@@ -66,15 +66,15 @@ __device__ inline void arrive_remote(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
-// Arrives where `on`, without a branch.
-__device__ inline void arrive_remote_if(bool on, uint32_t remote_barrier) {
+// Arrives where `on` is not 0, without a branch.
+__device__ inline void arrive_remote_if(int on, uint32_t remote_barrier) {
   asm volatile(
       "{\n"
       ".reg .pred on;\n"
       "setp.ne.s32 on, %1, 0;\n"
       "@on mbarrier.arrive.shared::cluster.b64 _, [%0];\n"
       "}" ::"r"(remote_barrier),
-      "r"(static_cast<int>(on))
+      "r"(on)
       : "memory");
 }
 

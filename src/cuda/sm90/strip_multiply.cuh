@@ -95,9 +95,11 @@ class Multiply {
     x_ = static_cast<uint32_t>(kOperand | descriptor_address(ptx::address_of(shared.x)));
     full_ = ptx::address_of(shared.full);
     empty_ = ptx::at_rank(ptx::address_of(shared.empty), lane_ % kCluster);
+    speaks_ = lane_ < kCluster;
     ptx::keep_in_register(w_);
     ptx::keep_in_register(x_);
     ptx::keep_in_register(empty_);
+    ptx::keep_in_register(speaks_);
   }
 
   __device__ __forceinline__ void run(int first_tile, int clusters) {
@@ -113,7 +115,7 @@ class Multiply {
         for (float& sum : group) sum = 0;
       }
       stage_ = -1;
-      held_ = false;
+      held_ = 0;
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
         const Item mine = item_of(next_);
@@ -136,11 +138,11 @@ class Multiply {
       keep(fragments[0]);
       keep(fragments[1]);
       release(held_);
-      if (stage_ >= 0) release(true);
+      if (stage_ >= 0) release(1);
       skip_to(params_.stages);
       settled(sums);
 
-      const Outputs outputs = outputs_;
+      const Outputs outputs = outputs_of_coming();
       begin(tile + clusters);
       store<0>(sums, outputs);
       begin_list();  // on its way while the rest is stored
@@ -160,25 +162,38 @@ class Multiply {
     int first[kGroups];
   };
 
-  // Reads what is known of a tile, and then the first of its items.
+  // Fetches what is known of a tile. Nothing is computed from it yet: that would wait for it.
   __device__ __forceinline__ void begin(int tile) {
     if (tile >= params_.raster.tiles()) return;
     const Raster::Place place = params_.raster.at(tile);
     const int panel = place.panel_cluster * kCluster + rank_;
     const Span* span = params_.spans + panel * kTile.warpgroups + warpgroup_;
-    const int first = min(max(__ldg(&span->first), 0), params_.item_capacity);
-    items_ = max(min(__ldg(&span->count), params_.item_capacity - kReadAhead - first), 0);
-    list_ = params_.items + first + lane_;
-    outputs_.token = place.token_tile * kTile.tokens;
+    coming_.span = {__ldg(&span->first), __ldg(&span->count)};
+    coming_.token = place.token_tile * kTile.tokens;
+    coming_.place = (panel * kTile.warpgroups + warpgroup_) * kGroups * Size::kGroupRows + row_;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const int group = (panel * kTile.warpgroups + warpgroup_) * kGroups + g;
-      outputs_.first[g] =
-          first_output<kConfig>(params_, group * Size::kGroupRows + row_) + within_piece_;
+      coming_.line[g] = line_at(params_, coming_.place + g * Size::kGroupRows);
     }
   }
 
-  __device__ __forceinline__ void begin_list() { next_ = __ldg(list_); }
+  // Then the first of its items.
+  __device__ __forceinline__ void begin_list() {
+    const int first = min(max(coming_.span.first, 0), params_.item_capacity - kReadAhead);
+    items_ = max(min(coming_.span.count, params_.item_capacity - kReadAhead - first), 0);
+    list_ = params_.items + first + lane_;
+    next_ = __ldg(list_);
+  }
+
+  __device__ __forceinline__ Outputs outputs_of_coming() const {
+    Outputs outputs{coming_.token, {}};
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int place = coming_.place + g * Size::kGroupRows;
+      outputs.first[g] = first_output<kConfig>(params_, place, coming_.line[g]) + within_piece_;
+    }
+    return outputs;
+  }
 
   // A word of the list (strip_walk.h). What it says may be nonsense, but leads nowhere else.
   __device__ Item item_of(uint32_t word) const {
@@ -204,7 +219,7 @@ class Multiply {
     cute::warpgroup_wait<kBatch>();
     keep(fragments);
     release(held_);
-    held_ = false;
+    held_ = 0;
     if (items[0].stage() > stage_) arrive_at(items[0].stage());
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -255,7 +270,7 @@ class Multiply {
       if (!ptx::is_over(barrier, at_.lap)) {
         cute::warpgroup_wait<0>();
         release(held_);
-        held_ = false;
+        held_ = 0;
         ptx::wait(barrier, at_.lap);
       }
       x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
@@ -268,7 +283,7 @@ class Multiply {
 #pragma unroll 1
     while (stage_ + 1 < stage) {
       wait_for_next();
-      release(true);
+      release(1);
     }
   }
 
@@ -280,10 +295,10 @@ class Multiply {
   }
 
   // Lane i tells CTA i of the cluster that this warp is done with the oldest stage it held.
-  __device__ __forceinline__ void release(bool on) {
-    ptx::arrive_remote_if(on && lane_ < kCluster, empty_ + released_ * 8);
+  __device__ __forceinline__ void release(int on) {
+    ptx::arrive_remote_if(on & speaks_, empty_ + released_ * 8);
     released_ += on;
-    if (released_ == kTile.stages) released_ = 0;
+    released_ = released_ == kTile.stages ? 0 : released_;
   }
 
   // Row `lane % 8` of the 8x8 matrix `lane / 8` of a fragment, within a warp's part of a piece.
@@ -407,16 +422,24 @@ class Multiply {
   uint32_t x_;        // low word of the descriptor of stage 0
   uint32_t full_;     // the barriers
   uint32_t empty_;    // of the CTA that this lane tells
+  int speaks_;        // 1: this lane does
+
+  // Of the tile that is next, or being computed: as it was read.
+  struct {
+    Span span;
+    int token;
+    int place;  // of the first group's row
+    int line[kGroups];
+  } coming_{};
 
   const uint32_t* list_ = nullptr;
   int items_ = 0;
   uint32_t next_ = 0;  // of the list
-  Outputs outputs_{};
 
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next
   int stage_ = -1;           // in use
-  bool held_ = false;        // the one before it is still to be released
+  int held_ = 0;             // 1: the one before it is still to be released
   uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
 };
 

@@ -63,12 +63,17 @@ struct Params {
   Raster raster;
 };
 
-// First output of the row of pieces at a place; `outputs` if there is none.
-template <Config kConfig>
-__device__ int first_output(const Params& params, int place) {
+// Which line the row of pieces at a place is a part of; as it is read, so anything if there is
+// none.
+__device__ inline int line_at(const Params& params, int place) {
   const int order_place = place >> params.log_line_parts;
-  if (order_place >= (params.lines + 3) / 4 * 4) return params.outputs;
-  const int line = __ldg(params.order + order_place);
+  const int places = (params.lines + 3) / 4 * 4;
+  return order_place < places ? __ldg(params.order + order_place) : -1;
+}
+
+// Its first output; `outputs` if there is no such line.
+template <Config kConfig>
+__device__ int first_output(const Params& params, int place, int line) {
   if (line < 0 || line >= params.lines) return params.outputs;
   const int part = place & ((1 << params.log_line_parts) - 1);
   return ((line << params.log_line_parts) + part) * kConfig.piece.outputs;
@@ -103,11 +108,9 @@ struct Cursor {
   uint32_t lap = 0;
 
   __device__ void advance(uint32_t by = 1) {
-    slot += by;
-    if (slot >= kStages) {
-      slot -= kStages;
-      lap ^= 1;
-    }
+    const bool around = slot + by >= kStages;  // no branch: it would cost more than all of this
+    slot += around ? by - kStages : by;
+    lap ^= around;
   }
 };
 
