@@ -17,6 +17,7 @@ std::span<const Kernel> kernels(Backend backend) {
       cuda::sm90::panel(),
       cuda::sm90::strip(),
       cuda::sm90::sampled(),
+      cuda::sm80::strip(),
       cuda::reference(),
   };
 #else

@@ -18,6 +18,9 @@ Kernel panel();    // src/cuda/sm90/panel.cu
 Kernel sampled();  // src/cuda/sm90/sampled.cu
 Kernel strip();    // src/cuda/sm90/strip.cu
 }  // namespace sm90
+namespace sm80 {
+Kernel strip();  // src/cuda/sm80/strip.cu
+}  // namespace sm80
 Kernel reference();  // src/cuda/reference.cu
 }  // namespace cuda
 
