@@ -28,6 +28,18 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A word of shared memory, which other threads write between barriers.
+
+__device__ inline void store(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ inline uint32_t load(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
 // Barriers in shared memory. A wait names the parity of the phase that it waits for.
 
 __device__ inline void init(uint32_t barrier, int arrivals) {

@@ -3,6 +3,7 @@
 // is told in strip.cuh.
 #include "cuda/sm80/ampere.h"
 #include "cuda/sm80/strip.cuh"
+#include "cuda/sm80/strip_plan.cuh"
 #include "kernels.h"
 
 namespace block_sparse::cuda::sm80 {
@@ -21,7 +22,31 @@ Refusal why_not(const ProductDesc& desc) {
   return std::nullopt;
 }
 
-int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
+// The workspace: what is planned.
+struct PlanLayout {
+  int64_t depth_stages = 0, size = 0;  // of Plan
+  int64_t counts_at = 0, sources_at = 0, bytes = 0;
+};
+
+bool is_wide(const ProductDesc& desc) { return desc.block.out % 32 == 0 && desc.block.in % 32 == 0; }
+
+PlanLayout plan_layout(const ProductDesc& desc) {
+  const bool forward = desc.product == Product::forward;
+  const int64_t outputs = forward ? desc.out_features : desc.in_features;
+  const int64_t depth = forward ? desc.in_features : desc.out_features;
+  const int64_t piece = is_wide(desc) ? Wide::kOutputs * Wide::kDepth
+                                      : Narrow::kOutputs * Narrow::kDepth;
+  const int64_t panels = ceil_div(outputs, kTileOutputs);
+  PlanLayout layout;
+  layout.depth_stages = ceil_div(depth, kStageDepth);
+  layout.size = desc.nnz * (desc.block.out * desc.block.in / piece);
+  layout.counts_at = panels * layout.depth_stages * static_cast<int64_t>(sizeof(PlannedStage));
+  layout.sources_at = layout.counts_at + panels * static_cast<int64_t>(sizeof(int32_t));
+  layout.bytes = layout.sources_at + layout.size * static_cast<int64_t>(sizeof(int32_t));
+  return layout;
+}
+
+int64_t workspace(const ProductDesc& desc, const Execution&) { return plan_layout(desc).bytes; }
 
 template <class T, class Piece, bool kTransposed>
 void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
@@ -37,6 +62,8 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
   const auto kernel = strip_kernel<T, Piece, kTransposed>;
 
   const int stages = stages_in(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const PlanLayout layout = plan_layout(desc);
+  char* work = static_cast<char*>(args.workspace);
   const StripArgs strips{
       .x = x.data,
       .values = args.weight.values,
@@ -60,7 +87,15 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
       .panels = static_cast<int>(panels),
       .token_tiles = static_cast<int>(token_tiles),
       .stages = stages,
+      .plan = {.stages = reinterpret_cast<PlannedStage*>(work),
+               .counts = reinterpret_cast<int32_t*>(work + layout.counts_at),
+               .sources = reinterpret_cast<int32_t*>(work + layout.sources_at),
+               .depth_stages = static_cast<int>(layout.depth_stages),
+               .size = static_cast<int>(layout.size)},
   };
+  plan_strips<Piece, kTransposed>
+      <<<static_cast<unsigned>(panels), kPlanThreads, 0, stream>>>(strips);
+  check_cuda(cudaGetLastError(), "cuda_sm80_strip");
   const int bytes = shared_bytes(stages);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              "cudaFuncSetAttribute");
@@ -71,7 +106,7 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
 
 template <class T, bool kTransposed>
 void launch_for_block(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
-  if (desc.block.out % 32 == 0 && desc.block.in % 32 == 0) {
+  if (is_wide(desc)) {
     launch<T, Wide, kTransposed>(desc, args, stream);
   } else {
     launch<T, Narrow, kTransposed>(desc, args, stream);

@@ -5,20 +5,18 @@
 // different block rows. The sum goes through a ring of stages: x, at the places along the depth
 // where at least one block row has a block, and the pieces of W that are present there, in a ring of
 // their own. So nothing is multiplied for absent blocks, and loading the next tile overlaps with the
-// end of the last. Here is what is multiplied.
+// end of the last. What is present where is planned before (strip_plan.cuh), once for all tokens.
 #pragma once
 
 #include "cuda/fragment.cuh"
 #include "cuda/sm80/strip_load.cuh"
-#include "cuda/sm80/strip_walk.cuh"
 
 namespace block_sparse::cuda::sm80 {
 
 template <class T, class Piece, bool kTransposed>
 class Multiplier {
   static constexpr int kRowTiles = kWarpTokens / 16, kColumns = kWarpOutputs / 8;
-  static constexpr int kSteps = Piece::kDepth / 16, kStripTiles = Piece::kOutputs / 16;
-  static constexpr int kFragments = kSteps * kStripTiles;  // of a piece, 16 x 16 each
+  static constexpr int kStripTiles = Piece::kOutputs / 16;
   static constexpr int kRowBytes = kStageDepth * 2;
   static constexpr int kChunks = (kTransposed ? Piece::kOutputs : Piece::kDepth) / 8;
 
@@ -28,88 +26,84 @@ class Multiplier {
     // Of a fragment of 16 outputs (n) x 16 of the depth (k): matrices (n, k), (n, k + 8), (n + 8,
     // k), (n + 8, k + 8).
     const int n = lane_ / 16 * 8, k = lane_ / 8 % 2 * 8;
-    weights_ = ptx::address_of(shared.weights[output_group_]) +
+    weights_ = ptx::address_of(shared.weights[half_]) +
                place_in_piece<kChunks>((kTransposed ? k : n) + lane_ % 8, (kTransposed ? n : k) / 8);
     x_ = (token_group_ * kWarpTokens + lane_ % 16) * kRowBytes + (lane_ / 16 ^ lane_ % 8) * 16;
   }
 
   __device__ void run() {
     for (int tile = blockIdx.x; tile < args_.panels * args_.token_tiles; tile += gridDim.x) {
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums_[m][n][i] = 0;
-        }
+      clear();
+      const TilePlace place = place_of(args_, tile);
+      for (int left = __ldg(args_.plan.counts + place.panel); left > 0; --left) {
+        ptx::wait(ring_.full(), ring_.phase());
+        const uint32_t all = ptx::load(ring_.masks() + half_ * 4);
+        const int first_bit = output_group_ % kHalfGroups * Piece::kWarpBits;
+        const uint32_t mask = all >> first_bit & ((1u << Piece::kWarpBits) - 1);
+        if (mask != 0) multiply_stage(mask, taken_ + __popc(all & ((1u << first_bit) - 1)));
+        taken_ += __popc(all);
+        __syncwarp();
+        if (lane_ == 0) ptx::arrive(ring_.empty());
+        ring_.advance();
       }
-      while (multiply_stage()) {
-      }
-      store(place_of(args_, tile));
+      store(place);
     }
   }
 
  private:
-  // False at the end of the tile.
-  __device__ bool multiply_stage() {
-    ptx::wait(ring_.full(), ring_.phase());
-    const StageWork work = ring_.work(output_group_);
-    if (work.mask != 0) {
-      uint32_t w[2][4];
-      load_fragment(w[0], 0);
+  __device__ void clear() {
 #pragma unroll
-      for (int p = 0; p < Piece::kParts; ++p) multiply_part(p, work.mask, w);
-    }
-    __syncwarp();
-    if (lane_ == 0) ptx::arrive(ring_.empty());
-    ring_.advance();
-    return work.depth < kNone;
-  }
-
-  __device__ __forceinline__ void load_fragment(uint32_t (&w)[4], int i) const {
-    const int n = i % kStripTiles * 16, k = i / kStripTiles * 16;
-    // A row further down, or two chunks of 16 bytes further along: swizzled, one bit.
-    const int down = kTransposed ? k : n, along = kTransposed ? n : k;
-    const uint32_t from = weights_ + slot_ * Piece::kBytes;
-    ptx::load_matrices<kTransposed>(w, (from ^ along * 2) + down * kChunks * 16);
-  }
-
-  // `w` has the first fragment of the next piece, and so it is left.
-  __device__ __forceinline__ void multiply_part(int part, uint32_t mask, uint32_t (&w)[2][4]) {
-    constexpr uint32_t kStripMask = (1u << Piece::kWarpStrips) - 1;
-    if ((mask >> part * Piece::kWarpStrips & kStripMask) == 0) return;
-    uint32_t x[kSteps][kRowTiles][4];
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      const uint32_t from = ring_.x() + (x_ ^ (part * Piece::kDepth + k * 16) * 2);
+      for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        ptx::load_matrices<false>(x[k][m], from + m * 16 * kRowBytes);
+        for (int i = 0; i < 4; ++i) sums_[m][n][i] = 0;
       }
+    }
+  }
+
+  // `piece`: the number of the first in the ring.
+  __device__ __forceinline__ void multiply_stage(uint32_t mask, uint32_t piece) {
+    constexpr uint32_t kStripMask = (1u << Piece::kWarpStrips) - 1;
+#pragma unroll
+    for (int part = 0; part < Piece::kParts; ++part) {
+      const uint32_t strips = mask >> part * Piece::kWarpStrips & kStripMask;
+      if (strips == 0) continue;
+#pragma unroll
+      for (int k = 0; k < Piece::kDepth; k += 16) {
+        multiply_step(part * Piece::kDepth + k, k, strips, piece);
+      }
+      piece += __popc(strips);
+    }
+  }
+
+  // 16 of the depth: those at `depth` of x with those at `k` of the pieces.
+  __device__ __forceinline__ void multiply_step(int depth, int k, uint32_t strips,
+                                                uint32_t piece) {
+    uint32_t x[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      ptx::load_matrices<false>(x[m], ring_.x() + (x_ ^ depth * 2) + m * 16 * kRowBytes);
     }
 #pragma unroll
     for (int s = 0; s < Piece::kWarpStrips; ++s) {
-      const int bit = part * Piece::kWarpStrips + s;
-      if ((mask >> bit & 1) == 0) continue;
+      if ((strips >> s & 1) == 0) continue;
+      const uint32_t from = weights_ + piece % kRing<Piece> * Piece::kBytes;
+      ++piece;
+      uint32_t w[kStripTiles][4];
 #pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        const auto load_next = [&] {  // while this one is multiplied
-          uint32_t(&next)[4] = w[(i + 1) % kFragments % 2];
-          if (i + 1 < kFragments) return load_fragment(next, i + 1);
-          slot_ = (slot_ + 1) % kRing<Piece>;
-          if (mask >> bit >> 1 != 0) load_fragment(next, 0);
-        };
-        if (kFragments > 1) load_next();
+      for (int n = 0; n < kStripTiles; ++n) {
+        // A row further down, or two chunks of 16 bytes further along: swizzled, one bit.
+        const int down = kTransposed ? k : n * 16, along = kTransposed ? n * 16 : k;
+        ptx::load_matrices<kTransposed>(w[n], (from ^ along * 2) + down * kChunks * 16);
+      }
+#pragma unroll
+      for (int n = 0; n < kStripTiles * 2; ++n) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int column = (s * kStripTiles + i % kStripTiles) * 2 + j;
-            ptx::multiply<T>(sums_[m][column], x[i / kStripTiles][m], w[i % 2][j * 2],
-                             w[i % 2][j * 2 + 1]);
-          }
+          ptx::multiply<T>(sums_[m][s * kStripTiles * 2 + n], x[m], w[n / 2][n % 2 * 2],
+                           w[n / 2][n % 2 * 2 + 1]);
         }
-        if (kFragments == 1) load_next();
       }
     }
   }
@@ -155,10 +149,11 @@ class Multiplier {
   StageRing ring_;
   uint32_t weights_;  // where this lane reads in the first slot of its ring
   uint32_t x_;        // and in a stage of x
-  uint32_t slot_ = 0;  // of the next piece
+  uint32_t taken_ = 0;  // pieces of the half in the stages before
   const int lane_ = threadIdx.x % kWarp;
   const int token_group_ = threadIdx.x / kWarp % kTokenGroups;
   const int output_group_ = threadIdx.x / kWarp / kTokenGroups;
+  const int half_ = output_group_ / kHalfGroups;
   float sums_[kRowTiles][kColumns][4];
 };
 
@@ -170,15 +165,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const StageRing ring(shared, args.stages);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
-  const int warp = threadIdx.x / kWarp - kMultipliers;
-  if (warp < 0) {
+  const int loader = threadIdx.x / kWarp - kMultipliers;
+  if (loader < 0) {
     Multiplier<T, Piece, kTransposed>(args, ring, shared).run();
-  } else if (warp == 0) {
-    Walker<Piece, kTransposed>(args, ring, shared).run();
-  } else if (warp <= kXLoaders) {
-    load_x<T>(args, ring, warp - 1);
+  } else if (loader < kXLoaders) {
+    load_x<T>(args, ring, loader);
   } else {
-    load_weights<T, Piece, kTransposed>(args, ring, shared);
+    load_weights<T, Piece, kTransposed>(args, ring, shared, loader - kXLoaders);
   }
 }
 

@@ -11,24 +11,25 @@ namespace block_sparse::cuda::sm80 {
 constexpr int kWarp = 32;
 constexpr int kNone = 0x7fffffff;
 
-// A tile is 128 tokens x 256 outputs, 32 x 128 for each warp that multiplies. Both warps of a
-// scheduler (warps w and w + 4) have different outputs, and all schedulers the same: whatever the
-// pattern, they have equal work.
-constexpr int kTokenGroups = 4, kOutputGroups = 2;
+// A tile is 128 tokens x 256 outputs, 32 x 64 for each warp that multiplies. The four warps of a
+// scheduler (w, w + 4, ...) have the four quarters of the outputs, and all schedulers the same:
+// whatever the pattern, they have equal work. Fewer warps with more sums each spend most of their
+// time waiting for their own instructions: eight warps of 32 x 128 reach 0.62x at 16x16.
+constexpr int kTokenGroups = 4, kOutputGroups = 4;
 constexpr int kMultipliers = kTokenGroups * kOutputGroups;  // warps
-// The other warps: one finds what is to be loaded (strip_walk.cuh), and the rest load it
-// (strip_load.cuh): about as much of x as of W at density 0.25, counted in copies.
-constexpr int kXLoaders = 2, kWeightLoaders = 1;
-constexpr int kLoaders = kXLoaders + kWeightLoaders;
-constexpr int kThreads = (kMultipliers + 1 + kLoaders) * kWarp;
-constexpr int kWarpTokens = 32, kWarpOutputs = 128;
+// The other warps load: two x, and two the pieces of half of the outputs each.
+constexpr int kHalves = 2, kXLoaders = 2;
+constexpr int kHalfGroups = kOutputGroups / kHalves;
+constexpr int kLoaders = kXLoaders + kHalves;
+constexpr int kThreads = (kMultipliers + kLoaders) * kWarp;
+constexpr int kWarpTokens = 32, kWarpOutputs = 64;
 constexpr int kTileTokens = kTokenGroups * kWarpTokens;
 constexpr int kTileOutputs = kOutputGroups * kWarpOutputs;
 
 // x comes in stages that are one line of 128 bytes deep.
 constexpr int kStageDepth = 64;
 constexpr int kXBytes = kTileTokens * kStageDepth * 2;
-constexpr int kMinStages = 2, kMaxStages = 8;
+constexpr int kMaxStages = 8;  // two at least
 
 // A block is multiplied in pieces; the sides are named as the product sees them. Outputs are cut
 // into strips as wide as a piece.
@@ -40,8 +41,14 @@ struct Piece {
   static constexpr int kParts = kStageDepth / depth;  // of a stage
   static constexpr int kStrips = kTileOutputs / outputs;
   static constexpr int kWarpStrips = kWarpOutputs / outputs;
-  static_assert(kWarp % kStrips == 0, "the walking warp has some lanes for each strip");
-  static_assert(kParts * kWarpStrips <= 32, "a stage's pieces are the bits of a word");
+  // The pieces of a stage for half of the outputs are the bits of a word: those of each warp, by
+  // part of the depth, then by strip.
+  static constexpr int kWarpBits = kParts * kWarpStrips;
+  static_assert(kHalfGroups * kWarpBits <= 32);
+  static constexpr int bit(int strip, int part) {  // strip: of the half
+    return strip / kWarpStrips * kWarpBits + part * kWarpStrips + strip % kWarpStrips;
+  }
+  static constexpr int part(int bit) { return bit % kWarpBits / kWarpStrips; }
 };
 
 // Each half of the outputs has a ring of pieces: two stages with all blocks present, eight at
@@ -50,38 +57,36 @@ constexpr int kRingBytes = 32 << 10;
 template <class Piece>
 constexpr uint32_t kRing = kRingBytes / Piece::kBytes;  // pieces
 
-// The walk plans so many stages at once: a warp has the time for that. What it then knows of the
-// pieces waits in a queue, beside that of all the slots of a ring.
-constexpr int kBatch = 4;
-template <class Piece>
-constexpr uint32_t kQueue = 4 * kRing<Piece>;
-constexpr int kMaxQueue = kQueue<Piece<16, 16>>;
+// A stage of a panel, as strip_plan.cuh writes it down once for all tokens.
+struct alignas(16) PlannedStage {
+  int depth;       // of the stage along the sum, in stages
+  int sources;     // the first of its pieces' sources: those of one half, then of the other
+  uint32_t masks[kHalves];  // which pieces there are
+};
 // Where a piece lies in the values is counted in rows of the narrowest one.
 constexpr int kSourceUnit = 16;
 
-// What a stage holds, as the walk found it, for half of the outputs.
-struct StageWork {
-  int depth;      // of the stage along the sum, in stages; kNone: the tile has ended
-  uint32_t mask;  // bit part * kWarpStrips + strip: there is a piece; in this order in the ring
+struct Plan {
+  PlannedStage* stages;  // [panels, depth_stages]
+  int32_t* counts;       // [panels]: of the stages that have pieces
+  int32_t* sources;      // [size]
+  int depth_stages, size;
 };
 
-struct StagePlace {
-  uint64_t planned, full, empty;  // barriers: the work is known; x and W are there; all was read
-  StageWork work[kOutputGroups];
-  uint64_t unused;
+struct StageState {
+  uint64_t full, empty;      // barriers
+  uint32_t masks[kHalves];  // which pieces there are
 };
 struct Shared {
-  char weights[kOutputGroups][kRingBytes];
-  int32_t sources[kOutputGroups][kMaxQueue];
-  uint32_t masks[kBatch][kOutputGroups];
-  char stages[];  // of x, then their places
+  char weights[kHalves][kRingBytes];
+  char stages[];  // of x, then their barriers
 };
 constexpr int shared_bytes(int stages) {
-  return static_cast<int>(sizeof(Shared) + stages * (kXBytes + sizeof(StagePlace)));
+  return static_cast<int>(sizeof(Shared) + stages * (kXBytes + sizeof(StageState)));
 }
 constexpr int stages_in(int bytes) {
   constexpr int kFixed = static_cast<int>(sizeof(Shared));
-  const int stages = (bytes - kFixed) / static_cast<int>(kXBytes + sizeof(StagePlace));
+  const int stages = (bytes - kFixed) / static_cast<int>(kXBytes + sizeof(StageState));
   return stages < kMaxStages ? stages : kMaxStages;
 }
 
@@ -102,7 +107,8 @@ struct StripArgs {
   int lines, depth_lines;   // blocks along the outputs and along the depth
   int strips, block_depth;  // of a block
   int panels, token_tiles;
-  int stages;
+  int stages;  // of the ring
+  Plan plan;
 };
 
 struct TilePlace {
@@ -119,26 +125,23 @@ __device__ inline TilePlace place_of(const StripArgs& args, int tile) {
   return {rest / size, first + rest % size};
 }
 
-// A position in the ring of stages.
+// A position in the ring of stages, as 32-bit addresses.
 class StageRing {
  public:
-  __device__ StageRing(Shared& shared, int stages)
-      : x_(shared.stages),
-        places_(reinterpret_cast<StagePlace*>(shared.stages + stages * kXBytes)),
-        stages_(stages) {}
+  __device__ StageRing(const Shared& shared, int stages)
+      : x_(ptx::address_of(shared.stages)), states_(x_ + stages * kXBytes), stages_(stages) {}
 
   __device__ void init() const {  // by one thread
-    for (int i = 0; i < stages_; ++i) {
-      ptx::init(ptx::address_of(&places_[i].planned), 1);
-      ptx::init(ptx::address_of(&places_[i].full), kLoaders * kWarp);
-      ptx::init(ptx::address_of(&places_[i].empty), kMultipliers);
+    for (StageRing ring = *this; ring.phase_ == 0; ring.advance()) {
+      // The copies of all lanes that load, and the masks.
+      ptx::init(ring.full(), kLoaders * kWarp + kHalves);
+      ptx::init(ring.empty(), kMultipliers);
     }
   }
-  __device__ uint32_t x() const { return ptx::address_of(x_ + at_ * kXBytes); }
-  __device__ StageWork& work(int group) const { return places_[at_].work[group]; }
-  __device__ uint32_t planned() const { return ptx::address_of(&places_[at_].planned); }
-  __device__ uint32_t full() const { return ptx::address_of(&places_[at_].full); }
-  __device__ uint32_t empty() const { return ptx::address_of(&places_[at_].empty); }
+  __device__ uint32_t x() const { return x_ + at_ * kXBytes; }
+  __device__ uint32_t full() const { return states_ + at_ * static_cast<int>(sizeof(StageState)); }
+  __device__ uint32_t empty() const { return full() + 8; }
+  __device__ uint32_t masks() const { return full() + 16; }
   __device__ int at() const { return at_; }
   __device__ uint32_t phase() const { return phase_; }
   __device__ void advance() {
@@ -148,8 +151,7 @@ class StageRing {
   }
 
  private:
-  char* const x_;
-  StagePlace* const places_;
+  const uint32_t x_, states_;
   const int stages_;
   int at_ = 0;
   uint32_t phase_ = 0;
@@ -160,6 +162,26 @@ class StageRing {
 template <int kChunks>
 __device__ constexpr uint32_t place_in_piece(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row / (8 / kChunks) % kChunks))) * 16;
+}
+
+// Calls begin(place) for each tile of this CTA, and step(stage) for each of its stages.
+template <class Begin, class Step>
+__device__ __forceinline__ void for_stages(const StripArgs& args, const Begin& begin,
+                                           const Step& step) {
+  for (int tile = blockIdx.x; tile < args.panels * args.token_tiles; tile += gridDim.x) {
+    const TilePlace place = place_of(args, tile);
+    const auto* stages = reinterpret_cast<const int4*>(args.plan.stages) +
+                         int64_t{place.panel} * args.plan.depth_stages;
+    const int count = __ldg(args.plan.counts + place.panel);
+    begin(place);
+    int4 next = count > 0 ? __ldg(stages) : int4{};
+    for (int i = 0; i < count; ++i) {
+      const int4 stage = next;
+      if (i + 1 < count) next = __ldg(stages + i + 1);  // on its way
+      step(PlannedStage{
+          stage.x, stage.y, {static_cast<uint32_t>(stage.z), static_cast<uint32_t>(stage.w)}});
+    }
+  }
 }
 
 }  // namespace block_sparse::cuda::sm80

@@ -1,24 +1,9 @@
-// The loading warps of the strip kernel: they copy what the walk has found, some x and one W.
-// Device code.
+// The loading warps of the strip kernel: they copy what is planned, some x and some W. Device code.
 #pragma once
 
 #include "cuda/sm80/strip_args.cuh"
 
 namespace block_sparse::cuda::sm80 {
-
-// Calls load(place, ring) for each stage of each tile.
-template <class Load>
-__device__ void load_stages(const StripArgs& args, StageRing ring, const Load& load) {
-  for (int tile = blockIdx.x; tile < args.panels * args.token_tiles; tile += gridDim.x) {
-    const TilePlace place = place_of(args, tile);
-    for (bool more = true; more; ring.advance()) {
-      ptx::wait(ring.planned(), ring.phase());
-      more = ring.work(0).depth != kNone;
-      if (more) load(place, ring);
-      ptx::arrive_with_copies(ring.full());
-    }
-  }
-}
 
 template <class T>
 __device__ void load_x(const StripArgs& args, StageRing ring, int warp) {
@@ -28,52 +13,101 @@ __device__ void load_x(const StripArgs& args, StageRing ring, int warp) {
   const int row = (warp * kWarp + lane) / kChunks;
   const uint32_t lane_to = (row * kChunks + (chunk ^ row % 8)) * 16;
   const int step = static_cast<int>(kStep * args.x_stride);
-  load_stages(args, ring, [&](TilePlace place, const StageRing& stage) {
-    const int token = place.token_tile * kTileTokens + row;
-    const int depth = stage.work(0).depth * kStageDepth + chunk * 8;
-    const int rows = depth < args.depth ? args.tokens - token : 0;
-    const T* from = static_cast<const T*>(args.x) + token * args.x_stride + depth;
+  const T* row_from = nullptr;
+  int rows = 0;
+  for_stages(
+      args,
+      [&](TilePlace place) {
+        const int token = place.token_tile * kTileTokens + row;
+        rows = args.tokens - token;
+        row_from = static_cast<const T*>(args.x) + token * args.x_stride;
+      },
+      [&](const PlannedStage& stage) {
+        const int depth = stage.depth * kStageDepth + chunk * 8;
+        const int inside = depth < args.depth ? rows : 0;
+        const T* from = row_from + depth;
+        ptx::wait(ring.empty(), ring.phase() ^ 1);
+        const uint32_t to = ring.x() + lane_to;
 #pragma unroll
-    for (int i = 0; i < kTileTokens / kStep; ++i) {
-      ptx::copy(stage.x() + lane_to + i * kStep * kStageDepth * 2, from + int64_t{step} * i,
-                i * kStep < rows);
-    }
-  });
+        for (int i = 0; i < kTileTokens / kStep; ++i) {
+          ptx::copy(to + i * kStep * kStageDepth * 2, from + int64_t{step} * i, i * kStep < inside);
+        }
+        ptx::arrive_with_copies(ring.full());
+        ring.advance();
+      });
 }
 
+// The pieces of one half of the outputs.
 template <class T, class Piece, bool kTransposed>
-__device__ void load_weights(const StripArgs& args, StageRing ring, const Shared& shared) {
+__device__ void load_weights(const StripArgs& args, StageRing ring, const Shared& shared,
+                             int half) {
   // In memory a piece is outputs x depth, or depth x outputs. A copy moves 8 elements of a row.
   constexpr int kRows = kTransposed ? Piece::kDepth : Piece::kOutputs;
   constexpr int kChunks = (kTransposed ? Piece::kOutputs : Piece::kDepth) / 8;
   constexpr int kStep = kWarp / kChunks;  // rows
   const int lane = threadIdx.x % kWarp, row = lane / kChunks, chunk = lane % kChunks;
   const T* values = static_cast<const T*>(args.values) + int64_t{row} * args.pitch + chunk * 8;
-  const uint32_t lane_to = ptx::address_of(shared.weights) + place_in_piece<kChunks>(row, chunk);
-  const int first = kTransposed ? row : chunk * 8;
-  const int step = kStep * args.pitch;
-  uint32_t loaded[kOutputGroups] = {};
-  load_stages(args, ring, [&](TilePlace, const StageRing& stage) {
-#pragma unroll
-    for (int group = 0; group < kOutputGroups; ++group) {
-      const StageWork work = stage.work(group);
-      // What lies outside of the matrix may be anything, and is never multiplied.
-      const int inside = args.depth - work.depth * kStageDepth - first;
-#pragma unroll 4
-      for (uint32_t left = work.mask; left != 0; left &= left - 1) {
-        const int part = (__ffs(left) - 1) / Piece::kWarpStrips;
-        const int64_t source = shared.sources[group][loaded[group] % kQueue<Piece>];
-        const uint32_t slot = loaded[group]++ % kRing<Piece>;
-        const uint32_t to = lane_to + group * kRingBytes + slot * Piece::kBytes;
-        const T* from = values + source * kSourceUnit;
-#pragma unroll
-        for (int j = 0; j < kRows / kStep; ++j) {
-          ptx::copy(to + j * kStep * kChunks * 16, from + int64_t{step} * j,
-                    inside > part * Piece::kDepth + (kTransposed ? j * kStep : 0));
+  const uint32_t lane_to =
+      ptx::address_of(shared.weights[half]) + place_in_piece<kChunks>(row, chunk);
+  const int first = kTransposed ? row : chunk * 8, step = kStep * args.pitch;
+  // A corrupt index reaches to the last piece.
+  const auto last_source =
+      static_cast<uint32_t>(
+      (args.nnz * args.block_size - (kRows - 1) * args.pitch - kChunks * 8) / kSourceUnit);
+
+  StageRing freed = ring;  // the oldest stage that may still be read
+  int held = 0;            // stages from there on
+  int used = 0;            // slots of them
+  int counts = 0;          // lane i: slots of stage i
+  uint32_t loaded = 0;
+  for_stages(
+      args, [](TilePlace) {},
+      [&](const PlannedStage& stage) {
+        const int begin = stage.sources + (half > 0 ? __popc(stage.masks[0]) : 0);
+        const uint32_t mask = half > 0 ? stage.masks[1] : stage.masks[0];
+        const int count = __popc(mask);
+        const auto source_of = [&](int i) {
+          if (i >= count) return 0u;
+          const int at = min(max(begin + i, 0), args.plan.size - 1);
+          return min(static_cast<uint32_t>(__ldg(args.plan.sources + at)), last_source);
+        };
+        const uint32_t source = source_of(lane);
+        while (held == args.stages || used + count > static_cast<int>(kRing<Piece>)) {
+          ptx::wait(freed.empty(), freed.phase());
+          used -= __shfl_sync(~0u, counts, freed.at());
+          freed.advance();
+          --held;
         }
-      }
-    }
-  });
+        if (lane == ring.at()) counts = count;
+        used += count;
+        ++held;
+        if (lane == 0) {
+          ptx::store(ring.masks() + half * 4, mask);
+          ptx::arrive(ring.full());
+        }
+        // What lies outside of the matrix may be anything, and is never multiplied.
+        const int inside = args.depth - stage.depth * kStageDepth - first;
+        const bool edge = args.depth < (stage.depth + 1) * kStageDepth;
+        uint32_t left = mask;
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          int part = 0;
+          if (edge) {
+            part = Piece::part(__ffs(left) - 1);
+            left &= left - 1;
+          }
+          const uint32_t to = lane_to + (loaded + i) % kRing<Piece> * Piece::kBytes;
+          const T* from = values + int64_t{__shfl_sync(~0u, source, i)} * kSourceUnit;
+#pragma unroll
+          for (int j = 0; j < kRows / kStep; ++j) {
+            ptx::copy(to + j * kStep * kChunks * 16, from + int64_t{step} * j,
+                      !edge || inside > part * Piece::kDepth + (kTransposed ? j * kStep : 0));
+          }
+        }
+        loaded += count;
+        ptx::arrive_with_copies(ring.full());
+        ring.advance();
+      });
 }
 
 }  // namespace block_sparse::cuda::sm80
