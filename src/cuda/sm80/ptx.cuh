@@ -20,6 +20,18 @@ __device__ inline void copy(uint32_t to, const void* from, bool inside) {
                : "memory");
 }
 
+// Nothing at all where `wanted` is false; no branch.
+__device__ inline void copy_if(bool wanted, uint32_t to, const void* from, bool inside) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(inside ? 16 : 0), "r"(int{wanted})
+      : "memory");
+}
+
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most kPending of the groups that this thread committed are under way.

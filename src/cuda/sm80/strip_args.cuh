@@ -164,22 +164,27 @@ __device__ constexpr uint32_t place_in_piece(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row / (8 / kChunks) % kChunks))) * 16;
 }
 
-// Calls begin(place) for each tile of this CTA, and step(stage) for each of its stages.
+// Calls begin(place, first stage) for each tile of this CTA, and step(stage, next stage) for each of
+// its stages; a stage that there is not has no pieces.
 template <class Begin, class Step>
 __device__ __forceinline__ void for_stages(const StripArgs& args, const Begin& begin,
                                            const Step& step) {
   for (int tile = blockIdx.x; tile < args.panels * args.token_tiles; tile += gridDim.x) {
     const TilePlace place = place_of(args, tile);
-    const auto* stages = reinterpret_cast<const int4*>(args.plan.stages) +
-                         int64_t{place.panel} * args.plan.depth_stages;
+    const PlannedStage* stages = args.plan.stages + int64_t{place.panel} * args.plan.depth_stages;
     const int count = __ldg(args.plan.counts + place.panel);
-    begin(place);
-    int4 next = count > 0 ? __ldg(stages) : int4{};
+    const auto stage_at = [&](int i) -> PlannedStage {
+      if (i >= count) return {};
+      const int4 words = __ldg(reinterpret_cast<const int4*>(stages + i));
+      return {words.x, words.y, {static_cast<uint32_t>(words.z), static_cast<uint32_t>(words.w)}};
+    };
+    PlannedStage stage = stage_at(0), next = stage_at(1);
+    begin(place, stage);
     for (int i = 0; i < count; ++i) {
-      const int4 stage = next;
-      if (i + 1 < count) next = __ldg(stages + i + 1);  // on its way
-      step(PlannedStage{
-          stage.x, stage.y, {static_cast<uint32_t>(stage.z), static_cast<uint32_t>(stage.w)}});
+      const PlannedStage after = stage_at(i + 2);  // on its way
+      step(stage, next);
+      stage = next;
+      next = after;
     }
   }
 }

@@ -17,12 +17,12 @@ __device__ void load_x(const StripArgs& args, StageRing ring, int warp) {
   int rows = 0;
   for_stages(
       args,
-      [&](TilePlace place) {
+      [&](TilePlace place, const PlannedStage&) {
         const int token = place.token_tile * kTileTokens + row;
         rows = args.tokens - token;
         row_from = static_cast<const T*>(args.x) + token * args.x_stride;
       },
-      [&](const PlannedStage& stage) {
+      [&](const PlannedStage& stage, const PlannedStage&) {
         const int depth = stage.depth * kStageDepth + chunk * 8;
         const int inside = depth < args.depth ? rows : 0;
         const T* from = row_from + depth;
@@ -55,23 +55,27 @@ __device__ void load_weights(const StripArgs& args, StageRing ring, const Shared
       static_cast<uint32_t>(
       (args.nnz * args.block_size - (kRows - 1) * args.pitch - kChunks * 8) / kSourceUnit);
 
+  const auto mask_of = [&](const PlannedStage& stage) { return half > 0 ? stage.masks[1] : stage.masks[0]; };
+  // A lane has the sources of one or two pieces of a stage.
+  constexpr int kMaxPieces = kHalfGroups * Piece::kWarpBits;
+  uint32_t source = 0;
+  const auto fetch_sources = [&](const PlannedStage& stage) {
+    if (lane >= __popc(mask_of(stage))) return;
+    const int at = stage.sources + (half > 0 ? __popc(stage.masks[0]) : 0) + lane;
+    source = static_cast<uint32_t>(__ldg(args.plan.sources + min(max(at, 0), args.plan.size - 1)));
+  };
+  static_assert(kMaxPieces <= kWarp);
+
   StageRing freed = ring;  // the oldest stage that may still be read
   int held = 0;            // stages from there on
   int used = 0;            // slots of them
   int counts = 0;          // lane i: slots of stage i
   uint32_t loaded = 0;
   for_stages(
-      args, [](TilePlace) {},
-      [&](const PlannedStage& stage) {
-        const int begin = stage.sources + (half > 0 ? __popc(stage.masks[0]) : 0);
-        const uint32_t mask = half > 0 ? stage.masks[1] : stage.masks[0];
+      args, [&](TilePlace, const PlannedStage& stage) { fetch_sources(stage); },
+      [&](const PlannedStage& stage, const PlannedStage& next) {
+        const uint32_t mask = mask_of(stage);
         const int count = __popc(mask);
-        const auto source_of = [&](int i) {
-          if (i >= count) return 0u;
-          const int at = min(max(begin + i, 0), args.plan.size - 1);
-          return min(static_cast<uint32_t>(__ldg(args.plan.sources + at)), last_source);
-        };
-        const uint32_t source = source_of(lane);
         while (held == args.stages || used + count > static_cast<int>(kRing<Piece>)) {
           ptx::wait(freed.empty(), freed.phase());
           used -= __shfl_sync(~0u, counts, freed.at());
@@ -85,23 +89,27 @@ __device__ void load_weights(const StripArgs& args, StageRing ring, const Shared
           ptx::store(ring.masks() + half * 4, mask);
           ptx::arrive(ring.full());
         }
+        const uint32_t sources = min(source, last_source);
+        fetch_sources(next);  // on their way
         // What lies outside of the matrix may be anything, and is never multiplied.
         const int inside = args.depth - stage.depth * kStageDepth - first;
         const bool edge = args.depth < (stage.depth + 1) * kStageDepth;
-        uint32_t left = mask;
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-          int part = 0;
-          if (edge) {
-            part = Piece::part(__ffs(left) - 1);
-            left &= left - 1;
-          }
-          const uint32_t to = lane_to + (loaded + i) % kRing<Piece> * Piece::kBytes;
-          const T* from = values + int64_t{__shfl_sync(~0u, source, i)} * kSourceUnit;
+        constexpr int kAtOnce = 4;
+        for (int i = 0; i < count; i += kAtOnce) {
+          uint32_t from_source[kAtOnce];
 #pragma unroll
-          for (int j = 0; j < kRows / kStep; ++j) {
-            ptx::copy(to + j * kStep * kChunks * 16, from + int64_t{step} * j,
-                      !edge || inside > part * Piece::kDepth + (kTransposed ? j * kStep : 0));
+          for (int p = 0; p < kAtOnce; ++p) from_source[p] = __shfl_sync(~0u, sources, i + p);
+#pragma unroll
+          for (int p = 0; p < kAtOnce; ++p) {
+            const T* from = values + int64_t{from_source[p]} * kSourceUnit;
+            const uint32_t to = lane_to + (loaded + i + p) % kRing<Piece> * Piece::kBytes;
+            const int depth =
+                edge ? Piece::part(__fns(mask, 0, i + p + 1)) * Piece::kDepth : -kStageDepth;
+#pragma unroll
+            for (int j = 0; j < kRows / kStep; ++j) {
+              ptx::copy_if(i + p < count, to + j * kStep * kChunks * 16, from + int64_t{step} * j,
+                           inside > depth + (kTransposed ? j * kStep : 0));
+            }
           }
         }
         loaded += count;
