@@ -17,6 +17,9 @@ std::span<const Kernel> kernels(Backend backend) {
       cuda::sm90::panel(),
       cuda::sm90::strip(),
       cuda::sm90::sampled(),
+      cuda::sm80::strip(),
+      cuda::sm80::sampled(),
+      cuda::tiled(),
       cuda::reference(),
   };
 #else

@@ -18,6 +18,11 @@ Kernel panel();    // src/cuda/sm90/panel.cu
 Kernel sampled();  // src/cuda/sm90/sampled.cu
 Kernel strip();    // src/cuda/sm90/strip.cu
 }  // namespace sm90
+namespace sm80 {
+Kernel sampled();  // src/cuda/sm80/sampled.cu
+Kernel strip();    // src/cuda/sm80/strip.cu
+}  // namespace sm80
+Kernel tiled();      // src/cuda/tiled.cu
 Kernel reference();  // src/cuda/reference.cu
 }  // namespace cuda
 

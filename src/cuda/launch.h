@@ -1,5 +1,5 @@
-// What every CUDA kernel of the core needs around its launch: the caller's stream, a grid size and
-// the error check. Host code only; it starts nothing itself.
+// What every CUDA kernel of the core needs around its launch: the caller's stream, a grid size,
+// the error check and the device's attributes. Host code only; it starts nothing itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,5 +27,15 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(concat(what, ": ", cudaGetErrorString(error)));
   }
 }
+
+// Attributes of the current device; the driver keeps them, so asking is cheap.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 }  // namespace block_sparse::cuda

@@ -1,4 +1,4 @@
-// What all Hopper kernels refuse, and how many multiprocessors they have. Host code.
+// What all Hopper kernels refuse. Host code.
 #pragma once
 
 #include <limits>
@@ -7,16 +7,6 @@
 #include "kernel.h"
 
 namespace block_sparse::cuda::sm90 {
-
-// Attributes of the current device; the driver keeps them, so asking is cheap.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // The copy engine describes a matrix by 16-byte addresses and strides and 32-bit coordinates.
 inline Refusal why_not_hopper(const ProductDesc& desc) {

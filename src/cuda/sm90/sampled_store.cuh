@@ -4,8 +4,8 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include "cuda/fragment.cuh"
 #include "cuda/sm90/sampled_args.cuh"
-#include "cuda/sm90/store.cuh"
 
 namespace block_sparse::cuda::sm90::sampled_product {
 
@@ -48,24 +48,6 @@ __device__ inline bool join_parts(float (&sums)[kSums], const SampledArgs& args,
     }
   }
   return true;
-}
-
-// Among the four lanes of a quad: lane q gets everybody's v[q].
-__device__ inline void transpose(uint32_t (&v)[4]) {
-  const int q = threadIdx.x % 4;
-#pragma unroll
-  for (int d = 1; d <= 2; d *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & d) continue;
-      const uint32_t other = __shfl_xor_sync(~0u, q & d ? v[i] : v[i | d], d);
-      if (q & d) {
-        v[i] = other;
-      } else {
-        v[i | d] = other;
-      }
-    }
-  }
 }
 
 // Stores 16 rows of a unit, of which a warp has the sums: accumulator j of eight columns, as wgmma

@@ -3,28 +3,13 @@
 // copy engine writes them out while the next are made. What lies outside y is dropped.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "block_sparse/dtype.h"
+#include "cuda/fragment.cuh"
 #include "cuda/sm90/ptx.cuh"
 
 namespace block_sparse::cuda::sm90 {
-
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
 
 // Two, of kTokens x 64 outputs.
 template <int kTokens>

@@ -1,0 +1,39 @@
+// What all kernels of this directory refuse. Host code.
+#pragma once
+
+#include <limits>
+
+#include "cuda/launch.h"
+#include "kernel.h"
+
+namespace block_sparse::cuda::sm80 {
+
+// Copies move 16 bytes, the tensor cores multiply 16 x 16, and coordinates are 32-bit.
+inline Refusal why_not_ampere(const ProductDesc& desc) {
+  if (desc.dtype != Dtype::bf16 && desc.dtype != Dtype::f16) {
+    return concat("dtype is ", to_string(desc.dtype), "; it takes bf16 and f16");
+  }
+  if (desc.block.out % 16 != 0 || desc.block.in % 16 != 0) {
+    return concat("the block is ", desc.block.out, "x", desc.block.in,
+                  "; both sides must be multiples of 16");
+  }
+  if (desc.alignment < 16) {
+    return concat("an address or a row stride is a multiple of ", desc.alignment,
+                  " bytes only; its copies need 16");
+  }
+  if (desc.out_features % 8 != 0 || desc.in_features % 8 != 0) {
+    return concat("sizes are ", desc.out_features, " x ", desc.in_features,
+                  "; both must be multiples of 8");
+  }
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
+  if (std::max({desc.tokens, desc.out_features + desc.block.out,
+                desc.in_features + desc.block.in}) > kMax) {
+    return concat("it counts tokens and features up to ", kMax, "; there are ", desc.tokens,
+                  " tokens, ", desc.out_features, " x ", desc.in_features, " features");
+  }
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  if (major < 8) return concat("compute capability is ", major, ".x; it is written for 8.0 and up");
+  return std::nullopt;
+}
+
+}  // namespace block_sparse::cuda::sm80

@@ -1,0 +1,121 @@
+// The instructions of Ampere that these kernels are made of: copies that arrive some time later,
+// barriers in shared memory, and the tensor cores' matrix fragments. 32-bit shared addresses, so
+// that one addition makes the next one. No layouts and no policy.
+#pragma once
+
+#include <cstdint>
+
+#include "block_sparse/dtype.h"
+
+namespace block_sparse::cuda::sm80::ptx {
+
+__device__ inline uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// 16 bytes to shared memory, or zeros: then nothing is read.
+__device__ inline void copy(uint32_t to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// Nothing at all where `wanted` is false; no branch.
+__device__ inline void copy_if(bool wanted, uint32_t to, const void* from, bool inside) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(inside ? 16 : 0), "r"(int{wanted})
+      : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of the groups that this thread committed are under way.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A word of shared memory, which other threads write between barriers.
+
+__device__ inline void store(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ inline uint32_t load(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+  return value;
+}
+
+// Barriers in shared memory. A wait names the parity of the phase that it waits for.
+
+__device__ inline void init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
+               : "memory");
+}
+
+// Arrives when the copies that this thread began have landed.
+__device__ inline void arrive_with_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void wait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900  // sleeps while it waits
+#define BLOCK_SPARSE_TEST "mbarrier.try_wait.parity.shared.b64"
+#else
+#define BLOCK_SPARSE_TEST "mbarrier.test_wait.parity.shared.b64"
+#endif
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again: " BLOCK_SPARSE_TEST
+      " done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#undef BLOCK_SPARSE_TEST
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+template <bool kTransposed>
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+  }
+}
+
+// sums[16 x 8] += a[16 x 16] b[16 x 8], the two registers of b being b0 and b1.
+template <class T>
+__device__ inline void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+#define BLOCK_SPARSE_MULTIPLY(T, name)                                                           \
+  template <>                                                                                    \
+  __device__ inline void multiply<T>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,      \
+                                     uint32_t b1) {                                              \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                   \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+  }
+BLOCK_SPARSE_MULTIPLY(BFloat16, "bf16")
+BLOCK_SPARSE_MULTIPLY(Float16, "f16")
+#undef BLOCK_SPARSE_MULTIPLY
+
+}  // namespace block_sparse::cuda::sm80::ptx
