@@ -272,6 +272,9 @@ void build_walk(const PatternView& pattern, BlockShape block, bool transposed, c
   s.items = reinterpret_cast<uint32_t*>(walk + layout.items);
   s.pieces = walk + layout.pieces;
   if (s.panels == 0) return;
+  // What the lists leave free is zero: the same pattern gives the same index.
+  check_cuda(cudaMemsetAsync(walk, 0, layout.size * sizeof(int32_t), stream_of(stream)),
+             "build_walk");
   fill_walk<<<static_cast<unsigned>(s.panels), kWalkThreads, 0, stream_of(stream)>>>(s);
   check_cuda(cudaGetLastError(), "build_walk");
 }
