@@ -5,12 +5,13 @@ before each; medians. The dense call is the same product with a full weight: ``F
 ``dy @ W`` and ``dyt @ x``. Everything that a call does counts, also what it re-orders inside.
 
 Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
-           [--tokens 8192] [--bsr] [--json FILE] [--plot FILE]
+           [--tokens 8192] [--bsr] [--kernel NAME...] [--json FILE] [--plot FILE]
 """
 
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -44,6 +45,7 @@ def arguments():
     parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
+    parser.add_argument("--kernel", nargs="+", help="time these only, the first that accepts")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     return parser.parse_args()
@@ -160,6 +162,8 @@ def plot(results, path):
 
 def main():
     args = arguments()
+    if args.kernel:
+        os.environ["BLOCK_SPARSE_KERNEL"] = ",".join(args.kernel)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     results = []

@@ -14,11 +14,14 @@ std::span<const Kernel> kernels(Backend backend) {
 #ifdef BLOCK_SPARSE_WITH_CUDA
   constexpr Backend built_for = Backend::cuda;
   static const Kernel list[] = {
+      // Hopper
       cuda::sm90::panel(),
       cuda::sm90::strip(),
       cuda::sm90::sampled(),
+      // From Ampere on
       cuda::sm80::strip(),
       cuda::sm80::sampled(),
+      // Any
       cuda::tiled(),
       cuda::reference(),
   };

@@ -51,20 +51,19 @@ __device__ void load_weights(const StripArgs& args, StageRing ring, const Shared
       ptx::address_of(shared.weights[half]) + place_in_piece<kChunks>(row, chunk);
   const int first = kTransposed ? row : chunk * 8, step = kStep * args.pitch;
   // A corrupt index reaches to the last piece.
-  const auto last_source =
-      static_cast<uint32_t>(
+  const auto last_source = static_cast<uint32_t>(
       (args.nnz * args.block_size - (kRows - 1) * args.pitch - kChunks * 8) / kSourceUnit);
 
-  const auto mask_of = [&](const PlannedStage& stage) { return half > 0 ? stage.masks[1] : stage.masks[0]; };
-  // A lane has the sources of one or two pieces of a stage.
-  constexpr int kMaxPieces = kHalfGroups * Piece::kWarpBits;
-  uint32_t source = 0;
+  const auto mask_of = [&](const PlannedStage& stage) {
+    return half > 0 ? stage.masks[1] : stage.masks[0];
+  };
+  uint32_t source = 0;  // lane i: of the i-th piece of the next stage
+  static_assert(kHalfGroups * Piece::kWarpBits <= kWarp);
   const auto fetch_sources = [&](const PlannedStage& stage) {
     if (lane >= __popc(mask_of(stage))) return;
     const int at = stage.sources + (half > 0 ? __popc(stage.masks[0]) : 0) + lane;
     source = static_cast<uint32_t>(__ldg(args.plan.sources + min(max(at, 0), args.plan.size - 1)));
   };
-  static_assert(kMaxPieces <= kWarp);
 
   StageRing freed = ring;  // the oldest stage that may still be read
   int held = 0;            // stages from there on
@@ -101,13 +100,14 @@ __device__ void load_weights(const StripArgs& args, StageRing ring, const Shared
           for (int p = 0; p < kAtOnce; ++p) from_source[p] = __shfl_sync(~0u, sources, i + p);
 #pragma unroll
           for (int p = 0; p < kAtOnce; ++p) {
+            const bool wanted = i + p < count;
             const T* from = values + int64_t{from_source[p]} * kSourceUnit;
             const uint32_t to = lane_to + (loaded + i + p) % kRing<Piece> * Piece::kBytes;
             const int depth =
                 edge ? Piece::part(__fns(mask, 0, i + p + 1)) * Piece::kDepth : -kStageDepth;
 #pragma unroll
             for (int j = 0; j < kRows / kStep; ++j) {
-              ptx::copy_if(i + p < count, to + j * kStep * kChunks * 16, from + int64_t{step} * j,
+              ptx::copy_if(wanted, to + j * kStep * kChunks * 16, from + int64_t{step} * j,
                            inside > depth + (kTransposed ? j * kStep : 0));
             }
           }
