@@ -9,6 +9,11 @@ namespace block_sparse::cuda::tiles {
 constexpr int kThreads = 256;
 constexpr int kChunk = 32;  // of the sum, in shared memory at once
 
+// So much of a sum is added up on its own first: one long sum would round more than torch's, which
+// in double adds up less at a time.
+template <class Sum>
+constexpr int kPart = sizeof(Sum) == 8 ? 8 : kChunk;
+
 __device__ inline int64_t clamp(int64_t value, int64_t bound) {
   return min(max(value, int64_t{0}), bound);
 }
@@ -87,24 +92,25 @@ __global__ void __launch_bounds__(kThreads) spmm_kernel(const __grid_constant__ 
       w_tile[d][o] = inside ? load<Sum>(w[w_from[d]]) : Sum{0};
     }
     __syncthreads();
-    // The sum of a chunk on its own first: one long sum in float would round more than torch's.
-    Sum part[kTokensOfThread][kOutputsOfThread] = {};
+    for (int from = 0; from < kChunk; from += kPart<Sum>) {
+      Sum part[kTokensOfThread][kOutputsOfThread] = {};
 #pragma unroll 8
-    for (int d = 0; d < kChunk; ++d) {
-      Sum x[kTokensOfThread];
+      for (int d = from; d < from + kPart<Sum>; ++d) {
+        Sum x[kTokensOfThread];
 #pragma unroll
-      for (int t = 0; t < kTokensOfThread; ++t) x[t] = x_tile[d][my_tokens + t];
+        for (int t = 0; t < kTokensOfThread; ++t) x[t] = x_tile[d][my_tokens + t];
 #pragma unroll
-      for (int o = 0; o < kOutputsOfThread; ++o) {
-        const Sum w = w_tile[d][my_output + o * kOutputThreads];
+        for (int o = 0; o < kOutputsOfThread; ++o) {
+          const Sum w = w_tile[d][my_output + o * kOutputThreads];
 #pragma unroll
-        for (int t = 0; t < kTokensOfThread; ++t) part[t][o] += x[t] * w;
+          for (int t = 0; t < kTokensOfThread; ++t) part[t][o] += x[t] * w;
+        }
       }
-    }
 #pragma unroll
-    for (int t = 0; t < kTokensOfThread; ++t) {
+      for (int t = 0; t < kTokensOfThread; ++t) {
 #pragma unroll
-      for (int o = 0; o < kOutputsOfThread; ++o) sums[t][o] += part[t][o];
+        for (int o = 0; o < kOutputsOfThread; ++o) sums[t][o] += part[t][o];
+      }
     }
   }
 
