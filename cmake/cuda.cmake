@@ -10,8 +10,9 @@ if(NOT CMAKE_CUDA_COMPILER)
   endif()
 endif()
 # Machine code for Ampere and Ada (80) and for Hopper with its own instructions (90a), and PTX from
-# which the driver makes the rest: 75 for Turing, 90 for what comes after Hopper.
-if(NOT CMAKE_CUDA_ARCHITECTURES)
+# which the driver makes the rest: 75 for Turing, 90 for what comes after Hopper. CUDAARCHS in the
+# environment says something else.
+if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES 75-virtual 80-real 90a-real 90-virtual)
 endif()
 # One wheel serves machines with any CUDA runtime, or with none.
