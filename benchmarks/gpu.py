@@ -8,13 +8,14 @@ With ``--graph``, as in decoding: a CUDA graph of many calls, each with weights 
 are together several times as large as L2; the time of one call. Nothing is emptied then.
 
 Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
-           [--tokens 8192] [--bsr] [--json FILE] [--plot FILE]
+           [--tokens 8192] [--bsr] [--kernel NAME...] [--json FILE] [--plot FILE]
        python benchmarks/gpu.py --graph --tokens 1 2 4 8 16 32 64 --products forward grad_input
 """
 
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -49,6 +50,7 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
     parser.add_argument("--graph", action="store_true", help="time calls in a CUDA graph")
+    parser.add_argument("--kernel", nargs="+", help="time these only, the first that accepts")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     return parser.parse_args()
@@ -199,6 +201,8 @@ def plot(results, path):
 
 def main():
     args = arguments()
+    if args.kernel:
+        os.environ["BLOCK_SPARSE_KERNEL"] = ",".join(args.kernel)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     results = []

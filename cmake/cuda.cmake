@@ -30,6 +30,7 @@ add_library(block_sparse_cuda STATIC
   src/cuda/sm90/tiles.cu
   src/cuda/sm90/walks.cpp
   src/cuda/reference.cu
+  src/cuda/tiled.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 
@@ -44,7 +45,23 @@ set_target_properties(block_sparse_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
 target_link_libraries(block_sparse_sm90 PRIVATE block_sparse_cutlass)
 target_sources(block_sparse_cuda PRIVATE $<TARGET_OBJECTS:block_sparse_sm90>)
 
-foreach(target block_sparse_cuda block_sparse_sm90)
+# Ampere's exist from there on.
+set(BLOCK_SPARSE_SM80 ${CMAKE_CUDA_ARCHITECTURES})
+list(FILTER BLOCK_SPARSE_SM80 EXCLUDE REGEX "^[5-7][0-9]")
+if(NOT BLOCK_SPARSE_SM80)
+  set(BLOCK_SPARSE_SM80 80)
+endif()
+add_library(block_sparse_sm80 OBJECT
+  src/cuda/skinny/skinny_bf16.cu
+  src/cuda/skinny/skinny_f16.cu
+  src/cuda/skinny/skinny_f32.cu
+  src/cuda/sm80/sampled.cu
+  src/cuda/sm80/strip.cu
+)
+set_target_properties(block_sparse_sm80 PROPERTIES CUDA_ARCHITECTURES "${BLOCK_SPARSE_SM80}")
+target_sources(block_sparse_cuda PRIVATE $<TARGET_OBJECTS:block_sparse_sm80>)
+
+foreach(target block_sparse_cuda block_sparse_sm80 block_sparse_sm90)
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
   # relaxed-constexpr: device code calls std::bit_cast, which is constexpr and not marked __device__.
   target_compile_options(${target} PRIVATE

@@ -15,11 +15,14 @@ std::span<const Kernel> kernels(Backend backend) {
   constexpr Backend built_for = Backend::cuda;
   static const Kernel list[] = {
       cuda::few_tokens(),
+      // Hopper
       cuda::sm90::panel(),
       cuda::sm90::strip(),
       cuda::sm90::sampled(),
+      // From Ampere on
       cuda::sm80::strip(),
       cuda::sm80::sampled(),
+      // Any
       cuda::tiled(),
       cuda::reference(),
   };

@@ -45,6 +45,11 @@ SHAPES = [
     ((193, 264, 520), (64, 32)),
     ((1000, 512, 768), (16, 16)),
     ((130, 384, 256), (128, 16)),
+    ((255, 240, 400), (48, 80)),
+    ((257, 520, 264), (96, 32)),
+    ((63, 130, 60), (4, 4)),
+    ((7, 33, 47), (3, 5)),
+    ((300, 72, 136), (8, 8)),
     ((0, 32, 32), (16, 16)),
     ((4, 0, 32), (16, 16)),
     ((4, 32, 0), (16, 16)),
@@ -148,6 +153,51 @@ def test_every_kernel_equals_the_cpu(sizes, block_shape, dtype, product, monkeyp
             assert torch.equal(result.cpu(), expected), name
 
 
+def patterns_of_every_kind(shape, block_shape):
+    rows, cols = -(-shape[0] // block_shape[0]), -(-shape[1] // block_shape[1])
+    one = torch.zeros(rows, cols, dtype=torch.bool)
+    one[-1, cols // 2] = True
+    skewed = torch.rand(rows, cols) < 0.05
+    skewed[rows // 2] = True
+    skewed[:, 0] = True
+    for mask in (torch.zeros_like(one), one, skewed):
+        yield Pattern.from_mask(mask, shape=shape, block_shape=block_shape)
+    yield Pattern.banded(shape, 1, block_shape)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("block_shape", [(8, 8), (16, 16), (32, 32), (48, 80), (64, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 129])
+def test_patterns_of_every_kind(tokens, block_shape, product, monkeypatch):
+    shape = (648, 520)
+    for pattern in patterns_of_every_kind(shape, block_shape):
+        problem = make_problem((tokens, *shape), block_shape, torch.bfloat16, pattern)
+        expected = problem.run(product)
+        on_gpu = problem.to("cuda")
+        for name in on_gpu.kernels(product):
+            monkeypatch.setenv("BLOCK_SPARSE_KERNEL", name)
+            assert torch.equal(on_gpu.run(product).cpu(), expected), name
+            monkeypatch.delenv("BLOCK_SPARSE_KERNEL")
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("block_shape", [(8, 8), (16, 16), (32, 32), (128, 128)], ids=str)
+def test_every_element_is_written_and_the_same_twice(block_shape, product, monkeypatch):
+    sizes = (257, 520, 392)
+    problem = make_problem(sizes, block_shape, torch.float16)
+    for name in ("input", "grad_output", "values", "bias"):
+        setattr(problem, name, torch.randn_like(getattr(problem, name)))
+    on_gpu = problem.to("cuda")
+    for name in on_gpu.kernels(product):
+        monkeypatch.setenv("BLOCK_SPARSE_KERNEL", name)
+        first = on_gpu.run(product)
+        assert first.isfinite().all(), name
+        for _ in range(3):
+            torch.full_like(first, float("nan"))  # the next result gets its memory
+            assert torch.equal(on_gpu.run(product), first), name
+        monkeypatch.delenv("BLOCK_SPARSE_KERNEL")
+
+
 def test_a_wrong_element_shows():
     problem = make_problem((33, 96, 64), (32, 32), torch.bfloat16, Pattern.full((96, 64)))
     on_gpu = problem.to("cuda")
@@ -220,6 +270,7 @@ def test_operands_on_two_kinds_of_device_are_an_error(product):
         ((300, 320, 448), (16, 16), torch.bfloat16),
         ((300, 320, 448), (32, 32), torch.bfloat16),
         ((300, 320, 448), (64, 64), torch.float16),
+        ((300, 320, 448), (48, 80), torch.bfloat16),
     ],
     ids=str,
 )

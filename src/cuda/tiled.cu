@@ -179,8 +179,7 @@ __global__ void __launch_bounds__(kThreads) sddmm_kernel(const __grid_constant__
       for (int n = 0; n < kOfThread; ++n) {
 #pragma unroll
         for (int k = 0; k < kOfThread; ++k) {
-          part[n][k] +=
-              dy_tile[t + share][my_n + n * kGrid] * x_tile[t + share][my_k + k * kGrid];
+          part[n][k] += dy_tile[t + share][my_n + n * kGrid] * x_tile[t + share][my_k + k * kGrid];
         }
       }
     }
@@ -204,8 +203,9 @@ __global__ void __launch_bounds__(kThreads) sddmm_kernel(const __grid_constant__
     if (first_n + n >= args.block_out || first_k + k >= args.block_in) continue;
     Sum sum = 0;
     for (int s = 0; s < kShares; ++s) sum += shares[s][n][k];
-    static_cast<T*>(args.values)[(block * args.block_out + first_n + n) * args.block_in + first_k +
-                                 k] = store<T>(sum);
+    static_cast<T*>(
+        args.values)[(block * args.block_out + first_n + n) * args.block_in + first_k + k] =
+        store<T>(sum);
   }
 }
 
@@ -279,8 +279,7 @@ void spmm(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream)
       .token_tiles = ceil_div(desc.tokens, kTokens),
   };
   with_side(side, [&](auto outputs) {
-    spmm_kernel<T, outputs>
-        <<<static_cast<unsigned>(ctas_of(desc)), kThreads, 0, stream>>>(spmm);
+    spmm_kernel<T, outputs><<<static_cast<unsigned>(ctas_of(desc)), kThreads, 0, stream>>>(spmm);
   });
 }
 

@@ -18,6 +18,16 @@ constexpr Config config_for(int tokens) {
   return tokens <= 32 ? Config{.warps = 16, .stages = 3} : Config{.warps = 8, .stages = 3};
 }
 
+// Of a ring's stage: units of 512 bytes go through it four at a time, so that the loop costs less.
+constexpr int kStageBytes = 2048;
+
+// Shared memory of a CTA: the rings, and sums of each warp.
+constexpr int shared_bytes(int unit_outputs, int tokens) {
+  const Config config = config_for(tokens);
+  constexpr int kRest = 128;
+  return config.warps * (config.stages * kStageBytes + unit_outputs * tokens * 4) + kRest;
+}
+
 // A warp multiplies units: kOutputs outputs by kDepth inputs of a block, for all tokens at once.
 // Transposed (grad_input), the outputs of the product are the inputs of the block.
 template <class Element, bool kTransposedBlock, int kUnitOutputs, int kUnitDepth, int kMaxTokens>
@@ -29,9 +39,7 @@ struct Choice {
   static constexpr int kTokens = kMaxTokens;
 
   static constexpr int kUnitBytes = kOutputs * kDepth * static_cast<int>(sizeof(T));
-  static constexpr int kUnits = 2048 / kUnitBytes;  // of a stage: the loop costs less per byte
-  static constexpr int kStageBytes = kUnits * kUnitBytes;
-
+  static constexpr int kUnits = kStageBytes / kUnitBytes;  // of a stage
   static constexpr int kWarps = config_for(kTokens).warps;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kStages = config_for(kTokens).stages;

@@ -52,6 +52,7 @@ inline Params params_of(const ProductDesc& desc, const ProductArgs& args, const 
 // More shared memory than 48 KB has to be asked for, once per device. What is left of it caches x.
 template <class C>
 void allow_shared_memory() {
+  static_assert(sizeof(Shared<C>) <= shared_bytes(C::kOutputs, C::kTokens));
   constexpr int kDevices = 64;
   static std::array<std::atomic<bool>, kDevices> allowed{};
   int device = 0;
@@ -62,12 +63,13 @@ void allow_shared_memory() {
                                   static_cast<int>(sizeof(Shared<C>))),
              "cuda_skinny: shared memory");
   // All that it does not take caches x. The driver would provide for a second CTA.
-  constexpr int kPercent = static_cast<int>((sizeof(Shared<C>) + 1024) * 100 / (228 * 1024) + 1);
+  const int size = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int percent = static_cast<int>((sizeof(Shared<C>) + 1024) * 100 / size) + 1;
   check_cuda(cudaFuncSetAttribute(skinny_kernel<C>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  kPercent),
+                                  percent),
              "cuda_skinny: carveout");
   check_cuda(cudaFuncSetAttribute(finish_kernel<C>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  kPercent),
+                                  percent),
              "cuda_skinny: carveout");
   done = true;
 }

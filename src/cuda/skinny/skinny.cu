@@ -46,6 +46,12 @@ Refusal why_not(const ProductDesc& desc) {
     return concat(plan.units, " units of work or ", plan.outputs, " x ", plan.depth,
                   " features overflow 31 bits");
   }
+  const int needed =
+      skinny::shared_bytes(static_cast<int>(plan.unit_outputs), skinny::padded_tokens(desc.tokens));
+  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (needed > shared) {
+    return concat("needs ", needed, " bytes of shared memory; the device has ", shared);
+  }
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) return concat("compute capability is ", major, ".x; it is written for 8.0 and up");
   return std::nullopt;

@@ -1,6 +1,7 @@
 // What all kernels of this directory refuse. Host code.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "cuda/launch.h"

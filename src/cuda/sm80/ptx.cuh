@@ -105,14 +105,14 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
 // sums[16 x 8] += a[16 x 16] b[16 x 8], the two registers of b being b0 and b1.
 template <class T>
 __device__ inline void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-#define BLOCK_SPARSE_MULTIPLY(T, name)                                                           \
-  template <>                                                                                    \
-  __device__ inline void multiply<T>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,      \
-                                     uint32_t b1) {                                              \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                   \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                             \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+#define BLOCK_SPARSE_MULTIPLY(T, name)                                                      \
+  template <>                                                                               \
+  __device__ inline void multiply<T>(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, \
+                                     uint32_t b1) {                                         \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                              \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                        \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                    \
   }
 BLOCK_SPARSE_MULTIPLY(BFloat16, "bf16")
 BLOCK_SPARSE_MULTIPLY(Float16, "f16")

@@ -44,9 +44,9 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
 
   constexpr int kBytes = sizeof(sampled_product::Shared);
   static_assert(kBytes <= 99 << 10);
-  check_cuda(cudaFuncSetAttribute(sampled_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kBytes),
-             "cudaFuncSetAttribute");
+  check_cuda(
+      cudaFuncSetAttribute(sampled_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+      "cudaFuncSetAttribute");
   sampled_kernel<T><<<multiprocessors(), kThreads, kBytes, stream>>>(sampled);
   check_cuda(cudaGetLastError(), "cuda_sm80_sampled");
 }

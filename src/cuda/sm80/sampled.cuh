@@ -1,9 +1,9 @@
 // The sampled product's kernel of Ampere: dW = dyt x at the present blocks, mma.sync, 16-bit
 // elements, blocks with sides that are multiples of 16. Device code; it is launched in sampled.cu.
 //
-// A CTA computes 128 gathered outputs x 256 gathered inputs, and the tokens are what is summed over.
-// Both are gathered 16 at a time. Which go together is planned with the pattern where it was planned
-// for Hopper (sm90/tiles.h); else a tile is a run of blocks of one block row.
+// A CTA computes 128 gathered outputs x 256 gathered inputs, and the tokens are what is summed
+// over. Both are gathered 16 at a time. Which go together is planned with the pattern where it was
+// planned for Hopper (sm90/tiles.h); else a tile is a run of blocks of one block row.
 #pragma once
 
 #include "cuda/fragment.cuh"
@@ -34,7 +34,7 @@ constexpr int64_t kNowhere = -1;
 
 struct Shared {
   char stages[kStages][kStageBytes];
-  int64_t to[kOutUnits][kInUnits];  // where 16 x 16 of the tile go in the values, or kNowhere
+  int64_t to[kOutUnits][kInUnits];   // where 16 x 16 of the tile go in the values, or kNowhere
   int out[kOutUnits], in[kInUnits];  // first features, or kNoFeature
 };
 
@@ -95,9 +95,9 @@ __device__ inline void describe_run(const Args& args, int64_t begin, int64_t end
   const auto block_in = static_cast<int>(args.tiles.block_in);
   if (i == 0) shared.out[o] = is_out ? row * block_out + out_block : kNoFeature;
   if (o == 0) shared.in[i] = is_in ? col * block_in + in_block : kNoFeature;
-  shared.to[o][i] = is_out && is_in
-                        ? (block * args.tiles.block_out + out_block) * args.tiles.block_in + in_block
-                        : kNowhere;
+  shared.to[o][i] =
+      is_out && is_in ? (block * args.tiles.block_out + out_block) * args.tiles.block_in + in_block
+                      : kNowhere;
 }
 
 template <class T>
@@ -157,7 +157,8 @@ class TileProduct {
     if (wanted) {
       const uint32_t to = ptx::address_of(shared_.stages[step % kStages]);
       const int token = step * kStageTokens;
-      load_operand<kOutUnits>(to, args_.dy, args_.dy_stride, shared_.out, args_.out_features, token);
+      load_operand<kOutUnits>(to, args_.dy, args_.dy_stride, shared_.out, args_.out_features,
+                              token);
       load_operand<kInUnits>(to + kStageTokens * kOutRow, args_.x, args_.x_stride, shared_.in,
                              args_.in_features, token);
     }
@@ -168,8 +169,8 @@ class TileProduct {
     const uint32_t dy = ptx::address_of(shared_.stages[stage]), x = dy + kStageTokens * kOutRow;
 #pragma unroll
     for (int k = 0; k < kStageTokens; k += 16) {
-      // Tokens are rows in memory, and read transposed. Of dyt, matrices (m, k), (m + 8, k), (m, k +
-      // 8), (m + 8, k + 8); of x, (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
+      // Tokens are rows in memory, and read transposed. Of dyt, matrices (m, k), (m + 8, k), (m, k
+      // + 8), (m + 8, k + 8); of x, (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
       const uint32_t dy_row = dy + (k + lane_ / 16 * 8 + lane_ % 8) * kOutRow;
       const uint32_t x_row = x + (k + lane_ / 8 % 2 * 8 + lane_ % 8) * kInRow;
       uint32_t a[kWarpUnits][4];

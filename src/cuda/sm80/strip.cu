@@ -1,6 +1,6 @@
 // cuda_sm80_strip: forward and grad_input on any GPU from Ampere on, 16-bit elements, blocks with
-// sides that are multiples of 16. What it takes, the table of its tiles and the launch; how it works
-// is told in strip.cuh.
+// sides that are multiples of 16. What it takes, the table of its tiles and the launch; how it
+// works is told in strip.cuh.
 #include "cuda/sm80/ampere.h"
 #include "cuda/sm80/strip.cuh"
 #include "cuda/sm80/strip_plan.cuh"
@@ -16,9 +16,27 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 using Wide = Piece<32, 32>;
 using Narrow = Piece<16, 16>;
 
+bool is_wide(const ProductDesc& desc) {
+  return desc.block.out % 32 == 0 && desc.block.in % 32 == 0;
+}
+
+int64_t piece_size(const ProductDesc& desc) {
+  return is_wide(desc) ? Wide::kOutputs * Wide::kDepth : Narrow::kOutputs * Narrow::kDepth;
+}
+
 Refusal why_not(const ProductDesc& desc) {
   if (desc.product == Product::grad_weight) return "computes forward and grad_input only";
   if (Refusal refusal = why_not_ampere(desc)) return refusal;
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  const int64_t elements = desc.nnz * desc.block.out * desc.block.in;
+  if (elements / kSourceUnit > kMax || elements / piece_size(desc) > kMax) {
+    return concat("it counts values in 32 bits, ", kSourceUnit, " at a time; there are ", elements);
+  }
+  const int64_t outputs = std::max(desc.out_features, desc.in_features);
+  if (ceil_div(outputs, kTileOutputs) * ceil_div(desc.tokens, kTileTokens) > kMax / 2) {
+    return concat("it counts tiles in 30 bits: ", desc.tokens, " tokens x ", outputs,
+                  " features are too many");
+  }
   return std::nullopt;
 }
 
@@ -28,18 +46,14 @@ struct PlanLayout {
   int64_t counts_at = 0, sources_at = 0, bytes = 0;
 };
 
-bool is_wide(const ProductDesc& desc) { return desc.block.out % 32 == 0 && desc.block.in % 32 == 0; }
-
 PlanLayout plan_layout(const ProductDesc& desc) {
   const bool forward = desc.product == Product::forward;
   const int64_t outputs = forward ? desc.out_features : desc.in_features;
   const int64_t depth = forward ? desc.in_features : desc.out_features;
-  const int64_t piece = is_wide(desc) ? Wide::kOutputs * Wide::kDepth
-                                      : Narrow::kOutputs * Narrow::kDepth;
   const int64_t panels = ceil_div(outputs, kTileOutputs);
   PlanLayout layout;
   layout.depth_stages = ceil_div(depth, kStageDepth);
-  layout.size = desc.nnz * (desc.block.out * desc.block.in / piece);
+  layout.size = desc.nnz * (desc.block.out * desc.block.in / piece_size(desc));
   layout.counts_at = panels * layout.depth_stages * static_cast<int64_t>(sizeof(PlannedStage));
   layout.sources_at = layout.counts_at + panels * static_cast<int64_t>(sizeof(int32_t));
   layout.bytes = layout.sources_at + layout.size * static_cast<int64_t>(sizeof(int32_t));

@@ -3,9 +3,10 @@
 //
 // A CTA computes tiles of some tokens x some neighbouring strips of outputs, which may belong to
 // different block rows. The sum goes through a ring of stages: x, at the places along the depth
-// where at least one block row has a block, and the pieces of W that are present there, in a ring of
-// their own. So nothing is multiplied for absent blocks, and loading the next tile overlaps with the
-// end of the last. What is present where is planned before (strip_plan.cuh), once for all tokens.
+// where at least one block row has a block, and the pieces of W that are present there, in a ring
+// of their own. So nothing is multiplied for absent blocks, and loading the next tile overlaps with
+// the end of the last. What is present where is planned before (strip_plan.cuh), once for all
+// tokens.
 #pragma once
 
 #include "cuda/fragment.cuh"
@@ -26,8 +27,9 @@ class Multiplier {
     // Of a fragment of 16 outputs (n) x 16 of the depth (k): matrices (n, k), (n, k + 8), (n + 8,
     // k), (n + 8, k + 8).
     const int n = lane_ / 16 * 8, k = lane_ / 8 % 2 * 8;
-    weights_ = ptx::address_of(shared.weights[half_]) +
-               place_in_piece<kChunks>((kTransposed ? k : n) + lane_ % 8, (kTransposed ? n : k) / 8);
+    weights_ =
+        ptx::address_of(shared.weights[half_]) +
+        place_in_piece<kChunks>((kTransposed ? k : n) + lane_ % 8, (kTransposed ? n : k) / 8);
     x_ = (token_group_ * kWarpTokens + lane_ % 16) * kRowBytes + (lane_ / 16 ^ lane_ % 8) * 16;
   }
 
@@ -78,8 +80,7 @@ class Multiplier {
   }
 
   // 16 of the depth: those at `depth` of x with those at `k` of the pieces.
-  __device__ __forceinline__ void multiply_step(int depth, int k, uint32_t strips,
-                                                uint32_t piece) {
+  __device__ __forceinline__ void multiply_step(int depth, int k, uint32_t strips, uint32_t piece) {
     uint32_t x[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -147,8 +148,8 @@ class Multiplier {
 
   const StripArgs& args_;
   StageRing ring_;
-  uint32_t weights_;  // where this lane reads in the first slot of its ring
-  uint32_t x_;        // and in a stage of x
+  uint32_t weights_;    // where this lane reads in the first slot of its ring
+  uint32_t x_;          // and in a stage of x
   uint32_t taken_ = 0;  // pieces of the half in the stages before
   const int lane_ = threadIdx.x % kWarp;
   const int token_group_ = threadIdx.x / kWarp % kTokenGroups;

@@ -9,12 +9,10 @@
 namespace block_sparse::cuda::sm80 {
 
 constexpr int kWarp = 32;
-constexpr int kNone = 0x7fffffff;
 
 // A tile is 128 tokens x 256 outputs, 32 x 64 for each warp that multiplies. The four warps of a
 // scheduler (w, w + 4, ...) have the four quarters of the outputs, and all schedulers the same:
-// whatever the pattern, they have equal work. Fewer warps with more sums each spend most of their
-// time waiting for their own instructions: eight warps of 32 x 128 reach 0.62x at 16x16.
+// whatever the pattern, they have equal work. (Half as many warps of 32 x 128 take as long.)
 constexpr int kTokenGroups = 4, kOutputGroups = 4;
 constexpr int kMultipliers = kTokenGroups * kOutputGroups;  // warps
 // The other warps load: two x, and two the pieces of half of the outputs each.
@@ -52,15 +50,16 @@ struct Piece {
 };
 
 // Each half of the outputs has a ring of pieces: two stages with all blocks present, eight at
-// density 0.25. With two stages of x it all fits the 99 KB that a multiprocessor of 8.6 or 8.9 gives.
+// density 0.25. With two stages of x it all fits the 99 KB that a multiprocessor of 8.6 or 8.9
+// gives.
 constexpr int kRingBytes = 32 << 10;
 template <class Piece>
 constexpr uint32_t kRing = kRingBytes / Piece::kBytes;  // pieces
 
 // A stage of a panel, as strip_plan.cuh writes it down once for all tokens.
 struct alignas(16) PlannedStage {
-  int depth;       // of the stage along the sum, in stages
-  int sources;     // the first of its pieces' sources: those of one half, then of the other
+  int depth;    // of the stage along the sum, in stages
+  int sources;  // the first of its pieces' sources: those of one half, then of the other
   uint32_t masks[kHalves];  // which pieces there are
 };
 // Where a piece lies in the values is counted in rows of the narrowest one.
@@ -74,7 +73,7 @@ struct Plan {
 };
 
 struct StageState {
-  uint64_t full, empty;      // barriers
+  uint64_t full, empty;     // barriers
   uint32_t masks[kHalves];  // which pieces there are
 };
 struct Shared {
@@ -102,7 +101,7 @@ struct StripArgs {
   const int32_t* number;  // [nnz], or null: in order
   int64_t block_size;     // elements
   int nnz;
-  int pitch;                // elements between the rows of a block in memory
+  int pitch;  // elements between the rows of a block in memory
   int tokens, outputs, depth;
   int lines, depth_lines;   // blocks along the outputs and along the depth
   int strips, block_depth;  // of a block
@@ -164,8 +163,8 @@ __device__ constexpr uint32_t place_in_piece(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row / (8 / kChunks) % kChunks))) * 16;
 }
 
-// Calls begin(place, first stage) for each tile of this CTA, and step(stage, next stage) for each of
-// its stages; a stage that there is not has no pieces.
+// Calls begin(place, first stage) for each tile of this CTA, and step(stage, next stage) for each
+// of its stages; a stage that there is not has no pieces.
 template <class Begin, class Step>
 __device__ __forceinline__ void for_stages(const StripArgs& args, const Begin& begin,
                                            const Step& step) {

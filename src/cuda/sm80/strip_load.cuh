@@ -51,11 +51,12 @@ __device__ void load_weights(const StripArgs& args, StageRing ring, const Shared
       ptx::address_of(shared.weights[half]) + place_in_piece<kChunks>(row, chunk);
   const int first = kTransposed ? row : chunk * 8, step = kStep * args.pitch;
   // A corrupt index reaches to the last piece.
-  const auto last_source =
-      static_cast<uint32_t>(
+  const auto last_source = static_cast<uint32_t>(
       (args.nnz * args.block_size - (kRows - 1) * args.pitch - kChunks * 8) / kSourceUnit);
 
-  const auto mask_of = [&](const PlannedStage& stage) { return half > 0 ? stage.masks[1] : stage.masks[0]; };
+  const auto mask_of = [&](const PlannedStage& stage) {
+    return half > 0 ? stage.masks[1] : stage.masks[0];
+  };
   // A lane has the sources of one or two pieces of a stage.
   constexpr int kMaxPieces = kHalfGroups * Piece::kWarpBits;
   uint32_t source = 0;
@@ -107,8 +108,10 @@ __device__ void load_weights(const StripArgs& args, StageRing ring, const Shared
                 edge ? Piece::part(__fns(mask, 0, i + p + 1)) * Piece::kDepth : -kStageDepth;
 #pragma unroll
             for (int j = 0; j < kRows / kStep; ++j) {
-              ptx::copy_if(i + p < count, to + j * kStep * kChunks * 16, from + int64_t{step} * j,
-                           inside > depth + (kTransposed ? j * kStep : 0));
+              ptx::copy_if(
+                  i +
+                  p<count, to + j * kStep * kChunks * 16, from + int64_t{step} * j, inside> depth +
+                  (kTransposed ? j * kStep : 0));
             }
           }
         }

@@ -14,7 +14,8 @@ constexpr int kPlanStages = 1024;  // at once
 __device__ inline int clamp_index(int32_t index, int bound) { return min(max(index, 0), bound); }
 
 template <class Piece, bool kTransposed>
-__global__ void __launch_bounds__(kPlanThreads) plan_strips(const __grid_constant__ StripArgs args) {
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_strips(const __grid_constant__ StripArgs args) {
   __shared__ uint32_t masks[kPlanStages][kHalves];
   __shared__ int sources[kPlanStages];
   __shared__ int count, next_source;
@@ -90,11 +91,10 @@ __global__ void __launch_bounds__(kPlanThreads) plan_strips(const __grid_constan
       const int at = sources[i] + (half > 0 ? __popc(masks[i][0]) : 0) +
                      __popc(masks[i][half] & ((1u << bit) - 1));
       if (at < 0 || at >= args.plan.size) return;  // in a corrupt index there may be no room
-      const int number = args.number == nullptr
-                             ? entry
-                             : clamp_index(__ldg(args.number + entry), args.nnz - 1);
-      const int64_t from = number * args.block_size + offset +
-                           int64_t{in_block} * (kTransposed ? args.pitch : 1);
+      const int number =
+          args.number == nullptr ? entry : clamp_index(__ldg(args.number + entry), args.nnz - 1);
+      const int64_t from =
+          number * args.block_size + offset + int64_t{in_block} * (kTransposed ? args.pitch : 1);
       args.plan.sources[at] = static_cast<int32_t>(from / kSourceUnit);
     });
     __syncthreads();
