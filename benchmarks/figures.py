@@ -78,6 +78,29 @@ def gpu_section(path):
     yield ""
 
 
+def few_tokens_section(path):
+    """Speed-up over cuBLAS of each product with few tokens, by block size and tokens."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    tokens = sorted({row["tokens"] for row in results})
+    first = results[0]
+    yield f"**{about['dtype']} on a GPU, few tokens** against cuBLAS with a full weight, a CUDA"
+    yield f"graph of layers whose weights L2 cannot hold, density {first['density']:g}, out"
+    yield f"{first['out']}, in {first['in']}"
+    yield f"({about['gpu']}, torch {about['torch']}, {about['date']};"
+    yield f"`{about['command']}`)."
+    yield ""
+    yield "| block | product | " + " | ".join(f"tokens {n}" for n in tokens) + " |"
+    yield "|---|---|" + "---:|" * len(tokens)
+    cells = {
+        (tuple(row["block"]), row["product"], row["tokens"]): row["speedup"] for row in results
+    }
+    for block, product in dict.fromkeys((tuple(row["block"]), row["product"]) for row in results):
+        line = " | ".join(f"{cells[block, product, n]:.2f}x" for n in tokens)
+        yield f"| {block[0]}x{block[1]} | {product} | {line} |"
+    yield ""
+
+
 def bars_section(path):
     """What bars.py says of a file, line by line."""
     data = json.loads(path.read_text())
@@ -105,6 +128,8 @@ def figures():
         yield from section(path)
     for path in sorted((HERE / "results").glob("gpu_*.json")):
         yield from gpu_section(path)
+    for path in sorted((HERE / "results").glob("few_tokens_*.json")):
+        yield from few_tokens_section(path)
     for path in sorted((HERE / "results").glob("bars_*.json")):
         yield from bars_section(path)
     yield END

@@ -4,8 +4,12 @@ Dense and sparse calls are timed in turn (dense, ours, dense, ours, ...) by even
 before each; medians. The dense call is the same product with a full weight: ``F.linear``,
 ``dy @ W`` and ``dyt @ x``. Everything that a call does counts, also what it re-orders inside.
 
+With ``--graph``, as in decoding: a CUDA graph of many calls, each with weights of its own, which
+are together several times as large as L2; the time of one call. Nothing is emptied then.
+
 Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
            [--tokens 8192] [--bsr] [--kernel NAME...] [--json FILE] [--plot FILE]
+       python benchmarks/gpu.py --graph --tokens 1 2 4 8 16 32 64 --products forward grad_input
 """
 
 import argparse
@@ -45,19 +49,21 @@ def arguments():
     parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
+    parser.add_argument("--graph", action="store_true", help="time calls in a CUDA graph")
     parser.add_argument("--kernel", nargs="+", help="time these only, the first that accepts")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     return parser.parse_args()
 
 
-def in_turn(calls, repeats):
+def in_turn(calls, repeats, flush):
     """Median microseconds of each call."""
-    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    buffer = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda") if flush else None
     times = {name: [] for name in calls}
     for repeat in range(-2, repeats):  # the first rounds warm up
         for name, call in calls.items():
-            flush.zero_()
+            if flush:
+                buffer.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -66,6 +72,29 @@ def in_turn(calls, repeats):
             if repeat >= 0:
                 times[name].append(start.elapsed_time(end) * 1e3)
     return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def graph_of(calls):
+    """A call that runs all of them, from a CUDA graph."""
+    calls[0]()  # what is set up once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def in_turn_as_graphs(calls, repeats):
+    """Median microseconds of one of the calls of each list."""
+    times = in_turn({name: graph_of(some) for name, some in calls.items()}, repeats, flush=False)
+    return {name: times[name] / len(some) for name, some in calls.items()}
+
+
+def copies_beyond_l2(weight):
+    """The weight and as many copies as L2 cannot hold."""
+    size = weight.numel() * weight.element_size()
+    return [weight, *(weight.clone() for _ in range(max(2, L2_BYTES // size)))]
 
 
 def bsr_call(x, values, pattern):
@@ -103,16 +132,26 @@ def normal(dtype, *sizes):
 def measure(args):
     for shape, tokens in itertools.product(args.shapes, args.tokens):
         x, dy = normal(args.dtype, tokens, shape[1]), normal(args.dtype, tokens, shape[0])
-        dense = dense_calls(x, dy, normal(args.dtype, *shape))
+        weight = normal(args.dtype, *shape)
+        weights = copies_beyond_l2(weight) if args.graph else [weight]
+        dense = [dense_calls(x, dy, weight) for weight in weights]
         for block, density in itertools.product(args.blocks, args.density):
             pattern = Pattern.random(shape, density, block, device="cuda")
             values = normal(args.dtype, pattern.nnz, *block)
-            ours = sparse_calls(x, dy, values, pattern)
+            layers = copies_beyond_l2(values) if args.graph else [values]
+            ours = [sparse_calls(x, dy, values, pattern) for values in layers]
             for product in args.products:
-                calls = {"dense": dense[product], "ours": ours[product]}
+                calls = {
+                    "dense": [call[product] for call in dense],
+                    "ours": [call[product] for call in ours],
+                }
                 if args.bsr and product == "forward":
-                    calls["bsr"] = bsr_call(x, values, pattern)
-                times = in_turn(calls, args.repeats)
+                    calls["bsr"] = [bsr_call(x, values, pattern) for values in layers]
+                if args.graph:
+                    times = in_turn_as_graphs(calls, args.repeats)
+                else:
+                    first = {name: some[0] for name, some in calls.items()}
+                    times = in_turn(first, args.repeats, flush=True)
                 yield {
                     "out": shape[0],
                     "in": shape[1],

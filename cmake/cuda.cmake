@@ -24,6 +24,7 @@ include(cmake/cutlass.cmake)
 add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
   src/cuda/index.cu
+  src/cuda/skinny/skinny.cu
   src/cuda/sm90/order.cu
   src/cuda/sm90/strip.cu
   src/cuda/sm90/strip_walk.cu
@@ -52,6 +53,9 @@ if(NOT BLOCK_SPARSE_SM80)
   set(BLOCK_SPARSE_SM80 80)
 endif()
 add_library(block_sparse_sm80 OBJECT
+  src/cuda/skinny/skinny_bf16.cu
+  src/cuda/skinny/skinny_f16.cu
+  src/cuda/skinny/skinny_f32.cu
   src/cuda/sm80/sampled.cu
   src/cuda/sm80/strip.cu
 )

@@ -14,6 +14,7 @@ std::span<const Kernel> kernels(Backend backend) {
 #ifdef BLOCK_SPARSE_WITH_CUDA
   constexpr Backend built_for = Backend::cuda;
   static const Kernel list[] = {
+      cuda::few_tokens(),
       // Hopper
       cuda::sm90::panel(),
       cuda::sm90::strip(),

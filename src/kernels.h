@@ -22,8 +22,9 @@ namespace sm80 {
 Kernel sampled();  // src/cuda/sm80/sampled.cu
 Kernel strip();    // src/cuda/sm80/strip.cu
 }  // namespace sm80
-Kernel tiled();      // src/cuda/tiled.cu
-Kernel reference();  // src/cuda/reference.cu
+Kernel few_tokens();  // src/cuda/skinny/skinny.cu
+Kernel tiled();       // src/cuda/tiled.cu
+Kernel reference();   // src/cuda/reference.cu
 }  // namespace cuda
 
 }  // namespace block_sparse

@@ -1,0 +1,160 @@
+// The few-token kernel: W is read once and in order, x as often as its blocks meet it (from the
+// caches), sums stay in registers.
+//
+// The units of all blocks, in the order of the outputs, are split evenly: among CTAs, and a CTA's
+// among the warps of each strip. So a row of blocks may end in the middle of a warp's share, and
+// may go on in the next. What a warp has of a row that an earlier warp began, it leaves in shared
+// memory; who began it adds those parts in order. What a CTA has of a row that it did not begin or
+// does not end goes to workspace, for finish.cuh. No atomics: the same bits every run.
+#pragma once
+
+#include "cuda/skinny/multiply.cuh"
+#include "cuda/skinny/store.cuh"
+#include "cuda/skinny/stream.cuh"
+
+namespace block_sparse::cuda::skinny {
+
+// What a warp's share has of the row that the warp before it was in.
+enum class Link : int {
+  none,    // it begins another
+  ends,    // the end of it
+  passes,  // it is all of it, and the row may go on
+  empty,   // there is no share
+};
+
+template <class C>
+struct Shared {
+  Ring<C> rings[C::kWarps];
+  float4 parts[C::kWarps][C::kSums];
+  Link links[C::kWarps];
+};
+
+template <class C>
+class Worker {
+ public:
+  __device__ Worker(const Params& params, Shared<C>& shared)
+      : params_(params),
+        shared_(shared),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        strip_(params.warps_per_strip.quotient(warp_)),
+        cta_(units_of_cta(params, blockIdx.x)),
+        mine_(strip_ < params.strips
+                  ? share_of(cta_, warp_ - strip_ * params.warps_per_strip.divisor(),
+                             params.warps_per_strip)
+                  : Range{0, 0}) {}
+
+  __device__ void run() {
+    sums_.clear();
+    Link link = Link::empty;
+    if (mine_.begin < mine_.end) link = multiply();
+    if (lane_ == 0) shared_.links[warp_] = link;
+    __syncthreads();
+    if (mine_.begin < mine_.end && link != Link::passes) finish_last_row();
+  }
+
+ private:
+  __device__ Link multiply() {
+    const int units = mine_.end - mine_.begin;
+    Places<C> places(params_, mine_, lane_);
+    Stream<C> stream(params_, places, shared_.rings[warp_], units, strip_, lane_);
+    places.look_up_rest();
+    const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
+    if (cta_.end < params_.units) row_of_next_cta_ = row_of<C>(params_, cta_.end);
+    bool first = true;  // still in the row that the share began with
+    row_ = places.row(0);
+    const bool goes_on = row_before == row_;
+    const bool from_cta = goes_on && mine_.begin == cta_.begin;
+    const bool from_warp = goes_on && !from_cta;
+    if (from_cta) target_ = workspace(params_.continued);
+    if (from_warp) target_ = shared_.parts[warp_];
+    for (int unit = 0; unit < units; unit += C::kUnits) {
+      places.advance(unit);
+      Multiply<C> products[C::kUnits];  // x is on its way while the stage is waited for
+#pragma unroll
+      for (int i = 0; i < C::kUnits; ++i) {
+        if (unit + i < units) products[i].load(params_, places.depth(unit + i), lane_);
+      }
+      const Tile<C>(&tiles)[C::kUnits] = stream.next();
+#pragma unroll
+      for (int i = 0; i < C::kUnits; ++i) {
+        if (unit + i >= units) break;
+        const int row = places.row(unit + i);
+        if (row != row_) {
+          put_sums();
+          sums_.clear();
+          row_ = row;
+          target_ = nullptr;
+          first = false;
+        }
+        products[i].add_to(sums_, tiles[i], lane_);
+      }
+    }
+    if (!from_warp) return Link::none;
+    if (!first) return Link::ends;
+    put_sums();
+    return Link::passes;
+  }
+
+  // The row that the share ends in, with what the warps after it have of it.
+  __device__ void finish_last_row() {
+    const int end = (strip_ + 1) * params_.warps_per_strip.divisor();
+    int warp = warp_ + 1;
+    for (; warp < end; ++warp) {
+      const Link link = shared_.links[warp];
+      if (link == Link::none) break;
+      if (link != Link::empty) sums_.add(shared_.parts[warp], lane_);
+      if (link == Link::ends) break;
+    }
+    const bool to_next_cta = warp == end && row_of_next_cta_ == row_;
+    if (target_ == nullptr && to_next_cta) target_ = workspace(params_.begun);
+    put_sums();
+  }
+
+  __device__ float4* workspace(float4* parts) const {
+    return parts + (int64_t{blockIdx.x} * params_.strips + strip_) * C::kSums;
+  }
+
+  __device__ __forceinline__ void put_sums() {
+    const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
+    put(params_, Sums<C>(sums_), target_, output, lane_);
+  }
+
+  // Once per row of blocks. Short code, out of the loop: what runs once waits for every instruction
+  // to be fetched. The copy can be indexed, as registers cannot.
+  __device__ static __noinline__ void put(const Params& params, Sums<C> sums, float4* target,
+                                          int output, int lane) {
+    const float4* parts = sums.of[0];
+    if (target != nullptr) {
+#pragma unroll 2
+      for (int i = 0; i < C::kHigh * C::kWide; ++i) target[i * 32 + lane] = parts[i];
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < C::kHigh * C::kWide; ++i) {
+      store<typename C::T>(params, i % C::kWide * 8, output + i / C::kWide * 16, parts[i], lane);
+    }
+  }
+
+  const Params& params_;
+  Shared<C>& shared_;
+  const int warp_;
+  const int lane_;
+  const int strip_;
+  const Range cta_;
+  const Range mine_;
+  Sums<C> sums_;
+  int row_ = 0;
+  int row_of_next_cta_ = -1;  // the one that it begins with
+  float4* target_ = nullptr;  // of the sums of row_; null: the output
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads)
+    skinny_kernel(const __grid_constant__ Params params) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  ptx::let_next_kernel_start();
+  Worker<C>(params, *reinterpret_cast<Shared<C>*>(shared)).run();
+}
+
+}  // namespace block_sparse::cuda::skinny

@@ -1,0 +1,56 @@
+// Plan: how a few-token product is cut for a GPU. Host code, shared by the launch and by the size
+// of the workspace.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "block_sparse/product.h"
+#include "cuda/skinny/choice.h"
+
+namespace block_sparse::cuda::skinny {
+
+// Tokens are computed in eights, and for every count there is a kernel with room for it.
+constexpr int kMaxTokens = 64;
+constexpr int padded_tokens(int64_t tokens) {
+  return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : kMaxTokens;
+}
+
+struct Plan {
+  int64_t block_outputs;
+  int64_t block_depth;
+  int64_t outputs;
+  int64_t depth;
+  // Of a unit. 32 where the block allows: x is read once for all outputs of a unit.
+  int64_t unit_outputs;
+  int64_t unit_depth;
+  int64_t strips;
+  int64_t units;
+  int64_t warps_per_strip;
+  int64_t ctas;
+
+  // float4s, of all parts of rows of one kind.
+  int64_t parts(int64_t tokens) const { return ctas * block_outputs * padded_tokens(tokens) / 4; }
+};
+
+inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
+  Plan plan{};
+  const bool forward = desc.product == Product::forward;
+  plan.block_outputs = forward ? desc.block.out : desc.block.in;
+  plan.block_depth = forward ? desc.block.in : desc.block.out;
+  plan.outputs = forward ? desc.out_features : desc.in_features;
+  plan.depth = forward ? desc.in_features : desc.out_features;
+  plan.unit_outputs = plan.block_outputs % 32 == 0 ? 32 : 16;
+  plan.unit_depth = size_of(desc.dtype) == 2 && plan.block_depth % 32 == 0 ? 32 : 16;
+  plan.strips = plan.block_outputs / plan.unit_outputs;
+  plan.units = desc.nnz * (plan.block_depth / plan.unit_depth);
+  const int warps = config_for(padded_tokens(desc.tokens)).warps;
+  if (plan.strips > warps) return plan;
+  plan.warps_per_strip = warps / plan.strips;
+  // One to a multiprocessor, and work for every warp.
+  const int64_t busy = (plan.units + plan.warps_per_strip - 1) / plan.warps_per_strip;
+  plan.ctas = std::min<int64_t>(multiprocessors, busy);
+  return plan;
+}
+
+}  // namespace block_sparse::cuda::skinny

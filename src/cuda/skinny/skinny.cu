@@ -1,0 +1,81 @@
+// cuda_skinny: forward and grad_input with few tokens, where reading W is all that takes time. What
+// it takes and what it refuses; how it works is told in kernel.cuh.
+#include <algorithm>
+#include <limits>
+
+#include "cuda/launch.h"
+#include "cuda/skinny/launch.h"
+#include "cuda/skinny/plan.h"
+#include "kernels.h"
+
+namespace block_sparse::cuda {
+
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+
+Refusal why_not(const ProductDesc& desc) {
+  using skinny::kMaxTokens;
+  if (desc.product == Product::grad_weight) return "computes forward and grad_input only";
+  if (desc.packed) return "takes values in canonical order";
+  if (desc.dtype == Dtype::f64) return "dtype is f64; it takes f32, bf16 and f16";
+  if (desc.nnz == 0 || desc.tokens == 0) return "there is nothing to multiply";
+  if (desc.tokens > kMaxTokens) {
+    return concat("takes up to ", kMaxTokens, " tokens, not ", desc.tokens);
+  }
+  if (desc.block.out % 16 != 0 || desc.block.in % 16 != 0) {
+    return concat("takes blocks with sides that are multiples of 16, not ", desc.block.out, "x",
+                  desc.block.in);
+  }
+  const skinny::Plan plan = skinny::plan_of(desc, 1);
+  if (plan.warps_per_strip == 0) {
+    return concat("blocks are ", desc.block.out, "x", desc.block.in, ", ", plan.strips,
+                  " strips of ", plan.unit_outputs,
+                  " along the outputs are more than it has warps");
+  }
+  if (desc.alignment < 16) {
+    return concat("an address or a row stride is a multiple of ", desc.alignment,
+                  " bytes only; its copies need 16");
+  }
+  if (plan.depth * size_of(desc.dtype) % 16 != 0) {
+    return concat("rows of ", plan.depth, " ", to_string(desc.dtype),
+                  " to sum over; they must be multiples of 16 bytes");
+  }
+  if (std::max({plan.units, plan.outputs + plan.block_outputs, plan.depth + plan.block_depth}) >
+      kMaxInt) {
+    return concat(plan.units, " units of work or ", plan.outputs, " x ", plan.depth,
+                  " features overflow 31 bits");
+  }
+  const int needed =
+      skinny::shared_bytes(static_cast<int>(plan.unit_outputs), skinny::padded_tokens(desc.tokens));
+  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (needed > shared) {
+    return concat("needs ", needed, " bytes of shared memory; the device has ", shared);
+  }
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  if (major < 8) return concat("compute capability is ", major, ".x; it is written for 8.0 and up");
+  return std::nullopt;
+}
+
+int64_t workspace(const ProductDesc& desc, const Execution&) {
+  const skinny::Plan plan = skinny::plan_of(desc, multiprocessors());
+  return 2 * plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(float4));
+}
+
+void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+  const cudaStream_t stream = stream_of(execution.stream);
+  switch (desc.dtype) {
+    case Dtype::bf16:
+      return skinny::launch_bf16(desc, args, stream);
+    case Dtype::f16:
+      return skinny::launch_f16(desc, args, stream);
+    default:
+      return skinny::launch_f32(desc, args, stream);
+  }
+}
+
+}  // namespace
+
+Kernel few_tokens() { return {"cuda_skinny", why_not, workspace, run}; }
+
+}  // namespace block_sparse::cuda

@@ -1,0 +1,150 @@
+// Stream: the units of one warp on their way through its ring of stages in shared memory, several
+// stages ahead of their use. The ring belongs to the warp, so nobody else is waited for.
+#pragma once
+
+#include "cuda/skinny/params.h"
+#include "cuda/skinny/tile.cuh"
+
+namespace block_sparse::cuda::skinny {
+
+// What may be out of range comes back in range.
+__device__ __forceinline__ int clamped(int index, int size) {
+  return static_cast<int>(min(static_cast<unsigned>(index), static_cast<unsigned>(size - 1)));
+}
+
+// The row of blocks, along the outputs, that a unit belongs to.
+template <class C>
+__device__ __forceinline__ int row_of(const Params& params, int unit) {
+  int block = params.depth_units.quotient(unit);
+  if constexpr (C::kTransposed) block = clamped(params.blocks[block], params.nnz);
+  return clamped(params.output_blocks[block], params.output_grid);
+}
+
+// Where the units of a range lie, looked up 32 at a time, one by each lane, and 32 ahead. What the
+// index says stays as it is until it is asked for: nobody waits for it before.
+template <class C>
+class Places {
+ public:
+  __device__ Places(const Params& params, Range units, int lane)
+      : params_(params), units_(units), lane_(lane) {
+    look_up_blocks(near_, 0);
+    look_up_blocks(far_, 32);
+  }
+
+  // All lanes ask for the same unit, counted from the first of the range: one of the 32 that
+  // `advance` named last, or of the next 32. The first element of the unit, in a first strip.
+  __device__ __forceinline__ int64_t offset(int i) const {
+    const int block =
+        C::kTransposed ? clamped(get(&Place::block, i), params_.nnz) : get(&Place::block, i);
+    const int pitch = C::kTransposed ? params_.block_pitch : 1;
+    return block * params_.block_size + int64_t{get(&Place::step, i)} * (C::kDepth * pitch);
+  }
+  // The first input.
+  __device__ __forceinline__ int depth(int i) const {
+    const int block = clamped(get(&Place::depth_block, i), params_.depth_grid);
+    return block * params_.block_depth + get(&Place::step, i) * C::kDepth;
+  }
+  // Of blocks, along the outputs.
+  __device__ __forceinline__ int row(int i) const {
+    return clamped(get(&Place::row, i), params_.output_grid);
+  }
+
+  // What is more than `offset` asks for, which is asked for first.
+  __device__ __forceinline__ void look_up_rest() {
+    look_up_rest(near_, 0);
+    look_up_rest(far_, 32);
+  }
+  // What is before `i` is not asked for any more.
+  __device__ __forceinline__ void advance(int i) {
+    if (i - first_ < 32) return;
+    first_ += 32;
+    near_ = far_;
+    look_up_blocks(far_, first_ + 32);
+    look_up_rest(far_, first_ + 32);
+  }
+
+ private:
+  struct Place {
+    int entry;
+    int step;  // in the block
+    int block;
+    int depth_block;
+    int row;
+  };
+
+  __device__ __forceinline__ void look_up_blocks(Place& place, int i) {
+    const int unit = units_.begin + i + lane_;
+    if (unit >= units_.end) return;
+    place.entry = params_.depth_units.quotient(unit);
+    place.step = unit - place.entry * params_.depth_units.divisor();
+    place.block = C::kTransposed ? params_.blocks[place.entry] : place.entry;
+  }
+  __device__ __forceinline__ void look_up_rest(Place& place, int i) {
+    if (units_.begin + i + lane_ >= units_.end) return;
+    place.depth_block = params_.depth_blocks[place.entry];
+    place.row =
+        params_.output_blocks[C::kTransposed ? clamped(place.block, params_.nnz) : place.block];
+  }
+  __device__ __forceinline__ int get(int Place::* member, int i) const {
+    return __shfl_sync(~0u, i - first_ < 32 ? near_.*member : far_.*member, (i - first_) % 32);
+  }
+
+  const Params& params_;
+  const Range units_;
+  const int lane_;
+  int first_ = 0;  // of the 32 of near_; far_ has the next
+  Place near_{};
+  Place far_{};
+};
+
+template <class C>
+using Ring = Tile<C>[C::kStages][C::kUnits];
+
+template <class C>
+class Stream {
+  using T = typename C::T;
+
+ public:
+  __device__ Stream(const Params& params, const Places<C>& places, Ring<C>& ring, int units,
+                    int strip, int lane)
+      : places_(places), ring_(ring), pitch_(params.block_pitch), lane_(lane), units_(units) {
+    values_ = static_cast<const T*>(params.values) +
+              strip * C::kOutputs * (C::kTransposed ? 1 : pitch_) +
+              Tile<C>::first_element(pitch_, lane);
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1; ++i) fetch();
+  }
+
+  // The next stage, when it is there.
+ __device__ __forceinline__ const Tile<C> (&next()) [C::kUnits] {
+   ptx::wait_for_copies<C::kStages - 2>();
+   __syncwarp();  // the copies of all lanes; and all have used the stage that is filled next
+   fetch();
+   const int stage = used_;
+   used_ = used_ + 1 < C::kStages ? used_ + 1 : 0;
+   return ring_[stage];
+ }
+
+ private : __device__ __forceinline__ void fetch() {
+#pragma unroll
+    for (int i = 0; i < C::kUnits; ++i) {
+      if (fetched_ + i >= units_) break;
+      ring_[filled_][i].copy(values_ + places_.offset(fetched_ + i), pitch_, lane_);
+    }
+    ptx::commit_copies();
+    fetched_ += C::kUnits;
+    filled_ = filled_ + 1 < C::kStages ? filled_ + 1 : 0;
+  }
+
+  const Places<C>& places_;
+  Ring<C>& ring_;
+  const T* values_;
+  const int pitch_;
+  const int lane_;
+  const int units_;
+  int fetched_ = 0;
+  int filled_ = 0;  // stages, as places in the ring
+  int used_ = 0;
+};
+
+}  // namespace block_sparse::cuda::skinny
