@@ -150,18 +150,19 @@ def trainer(model, folder, **options):
     torch.manual_seed(0)
     rows = batch(rows=8)
     data = [{key: value[i] for key, value in rows.items()} for i in range(8)]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        learning_rate=5e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **({"save_strategy": "no", "max_steps": 6} | options),
-    )
-    return transformers.Trainer(model, arguments, train_dataset=data)
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 6,
+    }
+    arguments = transformers.TrainingArguments(str(folder), **{**defaults, **options})
+    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
 
 
 def losses(run):
