@@ -7,8 +7,8 @@ values outside of the pattern.
 from typing import Any, NoReturn
 
 import torch
-from peft.tuners.lora import LoraConfig, LoraVariant
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import nn
 
 # Others start from the dense weight, or change it.
@@ -38,9 +38,7 @@ class BlockSparseLora(Linear):
         assert isinstance(sizes[0], int) and isinstance(sizes[1], int)
         return sizes
 
-    def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> NoReturn:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Always an error: it would drop what the adapter has learnt outside of the pattern."""
         raise RuntimeError(
             "merge: the layer is block sparse, and an adapter has values outside of its pattern, "
