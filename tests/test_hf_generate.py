@@ -8,9 +8,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
-from hf_helpers import batch, bert, llama, logits, make, patch, sparse_layers  # noqa: E402
 from huggingface_hub.errors import EntryNotFoundError  # noqa: E402
 
+from hf_helpers import batch, bert, llama, logits, make, patch, sparse_layers  # noqa: E402
 from pytorch_block_sparse import BlockSparseLinear  # noqa: E402
 from pytorch_block_sparse.integrations import model_card  # noqa: E402
 
@@ -92,6 +92,7 @@ def test_pushing_tags_the_card(monkeypatch):
 
     model = make(bert)
     patch(model, 0.25)
+
     class Nothing(huggingface_hub.ModelCard):
         @classmethod
         def load(cls, *args, **kwargs):

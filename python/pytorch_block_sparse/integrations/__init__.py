@@ -16,9 +16,9 @@ from ..linear import BlockSparseLinear
 from ._after_import import after_import
 
 if TYPE_CHECKING:
+    from .card import model_card
     from .config import BlockSparseConfig
     from .lora import BlockSparseLora
-    from .model_card import model_card
     from .trainer import BlockSparsityCallback
 
 __all__ = [
@@ -33,7 +33,7 @@ _HOMES = {
     "BlockSparseConfig": ".config",
     "BlockSparseLora": ".lora",
     "BlockSparsityCallback": ".trainer",
-    "model_card": ".model_card",
+    "model_card": ".card",
 }
 
 

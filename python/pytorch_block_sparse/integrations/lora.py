@@ -4,12 +4,14 @@ The adapter is dense and of low rank: y = layer(x) + B A x * scaling. It is not 
 values outside of the pattern.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import nn
+
+from ..linear import BlockSparseLinear
 
 # Others start from the dense weight, or change it.
 _INITS = (True, False, "gaussian", "eva")
@@ -34,9 +36,8 @@ class BlockSparseLora(Linear):
         return {(): None}
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        sizes = (module.in_features, module.out_features)
-        assert isinstance(sizes[0], int) and isinstance(sizes[1], int)
-        return sizes
+        layer = cast(BlockSparseLinear, module)
+        return layer.in_features, layer.out_features
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Always an error: it would drop what the adapter has learnt outside of the pattern."""

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .._progress import progress
 from ..optim import BlockWanda, Sparsifier
 
 
@@ -146,7 +147,7 @@ class BlockSparsityCallback(TrainerCallback, ExportableState):
         training = model.training
         model.eval()
         with wanda.calibration():
-            for batch in islice(batches, self.calibration_batches):
+            for batch in progress(islice(batches, self.calibration_batches), "Calibrating"):
                 model(**batch)
         model.train(training)
         self._count(wanda.step())

@@ -21,10 +21,10 @@ Without the first line transformers does not know the layers, leaves them dense 
 weights at random**, with a warning only.
 
 ```python
-import pytorch_block_sparse  # pip install pytorch_block_sparse
-from transformers import {auto}
+import pytorch_block_sparse  # registers the layers
+from transformers import {kind}
 
-model = {auto}.from_pretrained("{repo_id}")
+model = {kind}.from_pretrained("{repo_id}")
 ```
 
 ## Its layers
@@ -50,7 +50,6 @@ def model_card(model: PreTrainedModel, repo_id: str) -> ModelCard:
         data=data.to_yaml(),
         title=repo_id.rpartition("/")[2],
         kind=type(model).__name__,
-        auto=type(model).__name__,
         repo_id=repo_id,
         table=summary(model),
     )
