@@ -150,12 +150,12 @@ def test_rules_for_a_checkpoint_that_is_sparse_already_are_not_used(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_layers_cannot_go_to_the_disk(tmp_path):
+def test_no_layers_on_the_disk(tmp_path):
     model = make(llama)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot go to the disk"):
-        type(model).from_pretrained(
-            tmp_path,
-            quantization_config=BlockSparseConfig(rules(model)),
-            device_map={"": "disk"},
-        )
+    config = BlockSparseConfig(rules(model))
+    model.save_pretrained(tmp_path / "dense")
+    patch(model, 0.5)
+    model.save_pretrained(tmp_path / "sparse")
+    for folder, options in (("dense", {"quantization_config": config}), ("sparse", {})):
+        with pytest.raises(ValueError, match="block-sparse layers cannot be offloaded to the disk"):
+            type(model).from_pretrained(tmp_path / folder, device_map={"": "disk"}, **options)

@@ -44,15 +44,13 @@ class BlockSparseQuantizer(HfQuantizer):
                 "block-sparse checkpoints need transformers 5 or newer, and this is "
                 f"{transformers.__version__}"
             )
-        if self.pre_quantized:
-            return
-        if not self.quantization_config.rules:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("device_map: block-sparse layers cannot be offloaded to the disk")
+        if not self.pre_quantized and not self.quantization_config.rules:
             raise ValueError(
                 "quantization_config: has no rules, and the checkpoint is dense; name the layers "
                 'that become sparse: BlockSparseConfig({r"regular expression": {"density": 0.25}})'
             )
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("device_map: layers that become sparse cannot go to the disk")
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` works."""
