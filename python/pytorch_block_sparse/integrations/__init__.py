@@ -67,10 +67,15 @@ def _register_quantizer(_: ModuleType) -> None:
     from transformers.quantizers import auto
 
     from .config import METHOD, BlockSparseConfig
-    from .quantizer import BlockSparseQuantizer
+
+    # The quantizer when it is needed: it may be its own import that brought transformers in.
+    def quantizer(config: BlockSparseConfig, **options: Any) -> Any:
+        from .quantizer import BlockSparseQuantizer
+
+        return BlockSparseQuantizer(config, **options)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BlockSparseConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = BlockSparseQuantizer
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer  # type: ignore[assignment]
 
 
 def _register_lora(config: ModuleType) -> None:
