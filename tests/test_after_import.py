@@ -76,6 +76,13 @@ def test_an_import_that_fails_and_then_works(package):
     assert len(seen) == 1
 
 
+def test_a_name_that_needs_what_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "pytorch_block_sparse.integrations.trainer", raising=False)
+    with pytest.raises(ImportError, match=r"BlockSparsityCallback: needs transformers \(pip"):
+        from pytorch_block_sparse.integrations import BlockSparsityCallback  # noqa: F401
+
+
 def test_their_import_does_not_fail_because_of_us(package):
     def broken(module):
         raise AttributeError("no such name in this version")

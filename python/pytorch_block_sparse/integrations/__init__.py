@@ -40,7 +40,12 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    try:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{name}: needs {error.name} (pip install 'pytorch_block_sparse[transformers,peft]')"
+        ) from error
 
 
 def record_layers(model: nn.Module) -> None:
