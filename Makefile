@@ -76,5 +76,5 @@ test-cpp: setup
 
 $(INSTALLED): .venv/torch.stamp pyproject.toml
 	python -m pip install --no-build-isolation \
-	  --config-settings=cmake.define.BLOCK_SPARSE_WERROR=ON --editable '.[demo,test,lint]'
+	  --config-settings=cmake.define.BLOCK_SPARSE_WERROR=ON --editable '.[demo,transformers,peft,test,lint]'
 	touch $@

@@ -32,7 +32,7 @@ GUIDE = blocks_of("docs/pattern-optimisation.md")
 
 
 def test_every_block_is_run_below():
-    assert len(README) == 5
+    assert len(README) == 6
     assert len(GUIDE) == 4  # the third one shows a result
 
 
@@ -61,16 +61,28 @@ def test_a_whole_model(capsys):
     assert model(torch.arange(5)[None]).logits.shape == (1, 5, model.config.vocab_size)
 
 
+def test_at_home_in_transformers(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    model = run(README[1], "README.md")["model"]
+    loaded = run(README[2], "README.md", model=model)["model"]
+    sparse = [m for m in loaded.modules() if isinstance(m, BlockSparseLinear)]
+    assert len(sparse) == 2 * 3
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
+
+
 def test_serve_it_on_a_cpu():
     layer, x = BlockSparseLinear(64, 96), torch.randn(3, 64)
-    names = run(README[2], "README.md", torch=torch, layer=layer, x=x)
+    names = run(README[3], "README.md", torch=torch, layer=layer, x=x)
     assert torch.allclose(names["y"], layer(x), atol=1e-5)
     assert torch.equal(names["layer"].values, layer.values)
 
 
 def test_bring_your_own_pattern(capsys):
-    layer = run(README[3], "README.md")["layer"]
-    assert layer.pattern.equal(run(README[3], "README.md")["pattern"])
+    layer = run(README[4], "README.md")["layer"]
+    assert layer.pattern.equal(run(README[4], "README.md")["pattern"])
     assert "forward f32 tokens=512" in capsys.readouterr().out
 
 
@@ -78,7 +90,7 @@ def test_a_pattern_that_learns():
     model, patcher = patched_model()
     patcher.patch_model(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    sparsifier = run(README[4], "README.md", model=model, optimizer=optimizer)["sparsifier"]
+    sparsifier = run(README[5], "README.md", model=model, optimizer=optimizer)["sparsifier"]
     assert sparsifier.steps == 1
 
 

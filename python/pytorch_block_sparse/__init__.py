@@ -7,13 +7,14 @@ Three nouns carry the library: a :class:`Pattern` (which blocks), a :class:`Bloc
 
 from importlib.metadata import version
 
-from . import _library, ops  # noqa: F401  (_library first: it defines the ops)
+from . import _library, integrations, ops  # noqa: F401  (_library first: it defines the ops)
 from .linear import BlockSparseLinear
 from .matrix import BlockSparseMatrix
 from .patch import BlockSparseModelPatcher
 from .pattern import Pattern
 from .prepacked import PrepackedLinear
 from .reference import PseudoBlockSparseLinear
+from .view import plot_pattern, summary
 
 __version__ = version("pytorch_block_sparse")
 
@@ -25,4 +26,8 @@ __all__ = [
     "PrepackedLinear",
     "PseudoBlockSparseLinear",
     "ops",
+    "plot_pattern",
+    "summary",
 ]
+
+integrations.register()

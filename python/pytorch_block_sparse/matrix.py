@@ -6,6 +6,8 @@ from torch import Tensor
 from . import ops
 from .pattern import Pattern, check_block_shape, check_shape, count_for_density, grid_shape
 
+_AT_A_TIME = 2**18  # elements: 1 MB of float32
+
 
 class BlockSparseMatrix:
     """A block-sparse matrix ``[rows, cols]``: a :class:`Pattern` and its values.
@@ -314,13 +316,26 @@ def _blocks_of(dense: Tensor, block_shape: tuple[int, int]) -> Tensor:
     return dense.reshape(rows, block_shape[0], cols, block_shape[1]).permute(0, 2, 1, 3)
 
 
+def _l1_norms(dense: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """float64: the L1 norm of each block of the grid, in BSR order.
+
+    Some block rows at a time: copies of the size of `dense`, made for one layer after the other
+    with something kept in between, would leave holes in the heap that add up to the dense model.
+    """
+    height = block_shape[0] * max(1, _AT_A_TIME // max(1, block_shape[0] * dense.shape[1]))
+    parts = [
+        _blocks_of(some, block_shape).abs().sum(dim=(2, 3), dtype=torch.float64).flatten()
+        for some in dense.split(height)
+    ]
+    return torch.cat(parts)
+
+
 def _largest_blocks(
     dense: Tensor, block_shape: tuple[int, int], count: int, grid: tuple[int, int]
 ) -> Pattern:
     cells = grid[0] * grid[1]
     _check_count("block_count", count, cells)
-    scores = _blocks_of(dense.detach(), block_shape).abs().sum(dim=(2, 3), dtype=torch.float64)
-    order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    order = torch.sort(_l1_norms(dense.detach(), block_shape), descending=True, stable=True).indices
     mask = torch.zeros(cells, dtype=torch.bool, device=dense.device)
     mask[order[:count]] = True
     return Pattern.from_mask(mask.reshape(grid), block_shape, (dense.shape[0], dense.shape[1]))

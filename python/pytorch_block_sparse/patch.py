@@ -2,30 +2,19 @@
 
 import difflib
 import re
-import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-from ._module import DTYPES
+from ._patchable import as_linear, is_linear, linear_layers, replace, tied_parameters, why_not
+from ._progress import progress
+from ._table import format_rows
+from .integrations import record_layers
 from .linear import BlockSparseLinear
 from .pattern import check_block_shape, check_density
 from .reference import PseudoBlockSparseLinear
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @dataclass(frozen=True)
@@ -40,11 +29,26 @@ class PatchedLayer:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
+    """What becomes of the layers whose name matches."""
+
     regex: str
     density: float = 0.5
     block_shape: tuple[int, int] = (32, 32)
     pseudo_linear: bool = False
+
+    def apply(self, layer: nn.Module) -> BlockSparseLinear | PseudoBlockSparseLinear:
+        """The layer that takes the place of `layer`."""
+        sparse = BlockSparseLinear.from_dense(as_linear(layer), self.density, self.block_shape)
+        return PseudoBlockSparseLinear(sparse) if self.pseudo_linear else sparse
+
+
+class Planned(NamedTuple):
+    """A layer that will be replaced, all its names, and the rule that says by what."""
+
+    layer: nn.Module
+    names: list[str]
+    rule: Rule
 
 
 class BlockSparseModelPatcher:
@@ -64,7 +68,7 @@ class BlockSparseModelPatcher:
     """
 
     def __init__(self) -> None:
-        self._rules: list[_Rule] = []
+        self._rules: list[Rule] = []
 
     def add_pattern(self, pattern: str, patch_info: dict[str, Any] | None = None) -> None:
         """Adds a rule: layers whose full name matches `pattern` are replaced.
@@ -93,7 +97,7 @@ class BlockSparseModelPatcher:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"pattern: {pattern!r} is no regular expression: {error}") from error
-        rule = _Rule(pattern, **info)
+        rule = Rule(pattern, **info)
         check_density(rule.density)
         check_block_shape(rule.block_shape)
         if not isinstance(rule.pseudo_linear, bool):
@@ -102,34 +106,22 @@ class BlockSparseModelPatcher:
 
     def get_patchable_layers(self, model: nn.Module) -> list[dict[str, Any]]:
         """The layers that can be replaced: dicts of ``regexp`` (for add_pattern) and ``layer``."""
-        tied = _tied_parameters(model)
+        tied = tied_parameters(model)
         return [
             {"regexp": re.escape(names[0]), "layer": layer}
-            for layer, names in _linear_layers(model).items()
-            if _why_not(layer, names, tied) is None
+            for layer, names in linear_layers(model).items()
+            if why_not(layer, names, tied) is None
         ]
 
-    def patch_model(self, model: nn.Module) -> list[PatchedLayer]:
-        """Replaces the layers of `model` that match, in place, and prints a table of them.
-
-        A layer keeps its device, dtype, ``requires_grad`` and train/eval mode, and the blocks of
-        largest magnitude. Layers that carry hooks (the module or its tensors) or parametrizations,
-        and weights that are tied to another module, are left alone with a warning.
-
-        Returns:
-            One :class:`PatchedLayer` for each replaced layer.
-
-        Raises:
-            ValueError: a rule matches no layer, or `model` itself is the linear layer (nothing is
-                changed then).
-        """
-        if _is_linear(model):
+    def plan(self, model: nn.Module) -> "list[Planned]":
+        """What :meth:`patch_model` would replace. Changes nothing, warns and raises as it does."""
+        if is_linear(model):
             raise ValueError(
                 f"model: is a {type(model).__name__} itself and has no parent to be replaced in; "
                 "use BlockSparseLinear.from_dense"
             )
-        layers = _linear_layers(model)
-        plan: dict[nn.Module, _Rule] = {}
+        layers = linear_layers(model)
+        rules: dict[nn.Module, Rule] = {}
         for rule in self._rules:
             matches = [
                 layer
@@ -141,32 +133,49 @@ class BlockSparseModelPatcher:
                     _no_match(rule.regex, [n for names in layers.values() for n in names])
                 )
             for layer in matches:
-                plan.setdefault(layer, rule)
+                rules.setdefault(layer, rule)
 
-        tied = _tied_parameters(model)
-        report: list[PatchedLayer] = []
+        tied = tied_parameters(model)
+        planned = []
         for layer, names in layers.items():
-            if layer not in plan:
+            if layer not in rules:
                 continue
-            reason = _why_not(layer, names, tied)
-            if reason is not None:
-                warnings.warn(f"{names[0]}: left as it is, since {reason}", stacklevel=2)
-                continue
-            rule = plan[layer]
-            sparse = BlockSparseLinear.from_dense(_as_linear(layer), rule.density, rule.block_shape)
-            new = PseudoBlockSparseLinear(sparse) if rule.pseudo_linear else sparse
+            reason = why_not(layer, names, tied)
+            if reason is None:
+                planned.append(Planned(layer, names, rules[layer]))
+            else:
+                warnings.warn(f"{names[0]}: left as it is, since {reason}", stacklevel=3)
+        return planned
+
+    def patch_model(self, model: nn.Module) -> list[PatchedLayer]:
+        """Replaces the layers of `model` that match, in place, and prints a table of them.
+
+        A layer keeps its device, dtype, ``requires_grad`` and train/eval mode, and the blocks of
+        largest magnitude. Layers that carry hooks (the module or its tensors) or parametrizations,
+        and weights that are tied to another module, are left alone with a warning. A model of
+        transformers has it written into its config (:func:`integrations.record_layers`).
+
+        Returns:
+            One :class:`PatchedLayer` for each replaced layer.
+
+        Raises:
+            ValueError: a rule matches no layer, or `model` itself is the linear layer (nothing is
+                changed then).
+        """
+        report: list[PatchedLayer] = []
+        for layer, names, rule in progress(self.plan(model), "Patching"):
+            new = rule.apply(layer)
             report.append(
                 PatchedLayer(
                     names[0],
-                    (sparse.out_features, sparse.in_features),
-                    sparse.density,
+                    (new.out_features, new.in_features),
+                    new.density,
                     _count_parameters(layer),
                     _count_parameters(new),
                 )
             )
-            for name in names:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, new)
+            replace(model, names, new)
+        record_layers(model)
         print(format_table(report))
         return report
 
@@ -188,100 +197,11 @@ def format_table(report: list[PatchedLayer]) -> str:
     before = sum(entry.parameters_before for entry in report)
     after = sum(entry.parameters_after for entry in report)
     rows.append(("total", "", "", f"{before:,}", f"{after:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # Looked up, not imported: if transformers is not loaded, no module of it exists.
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return transformers is not None and type(module) is transformers.Conv1D
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Not their subclasses: those are made to be used in another way (the output projection of
-    # nn.MultiheadAttention is never called, only its weight is read).
-    if parametrize.is_parametrized(module):  # its class is one made for it
-        return parametrize.type_before_parametrizations(module) is nn.Linear
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
-def _linear_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The linear layers, each with all its names: a shared one has several."""
-    layers: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and _is_linear(module):
-            layers.setdefault(module, []).append(name)
-    return layers
-
-
-def _as_linear(layer: nn.Module) -> nn.Linear:
-    if isinstance(layer, nn.Linear):
-        return layer
-    weight = cast(nn.Parameter, layer.weight)
-    in_features, out_features = weight.shape  # Conv1D keeps its weight transposed
-    linear = nn.Linear(in_features, out_features, device="meta")
-    linear.weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
-    linear.bias = cast(nn.Parameter, layer.bias)
-    return linear.train(layer.training)
+    return format_rows(rows)
 
 
 def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Full names of tied parameters, each with the name of one that it is tied to."""
-    owners: dict[nn.Parameter, dict[nn.Module, list[str]]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{prefix}.{name}" if prefix else name
-                owners.setdefault(parameter, {}).setdefault(module, []).append(full)
-    tied: dict[str, str] = {}
-    for modules in owners.values():
-        for module, names in modules.items():
-            others = [other[0] for owner, other in modules.items() if owner is not module]
-            tied.update({name: others[0] for name in names if others})
-
-    # transformers declares ties that need not be there yet (a model on the meta device).
-    for prefix, module in model.named_modules():
-        declared = getattr(module, "all_tied_weights_keys", None)
-        if declared is None:
-            declared = getattr(module, "_tied_weights_keys", None) or {}
-        dot = f"{prefix}." if prefix else ""
-        pairs = declared.items() if isinstance(declared, dict) else ((k, k) for k in declared)
-        for target, source in pairs:
-            tied.setdefault(dot + target, dot + source)
-            tied.setdefault(dot + source, dot + target)
-    return tied
-
-
-def _why_not(layer: nn.Module, names: list[str], tied: dict[str, str]) -> str | None:
-    """Why the layer cannot be replaced, or None."""
-    for parameter in ("weight", "bias"):
-        for name in names:
-            if (full := f"{name}.{parameter}") in tied:
-                return f"its {parameter} is tied to {tied[full]}"
-    if parametrize.is_parametrized(layer):
-        return "it has parametrizations"
-    for hooks in _HOOKS:
-        if getattr(layer, hooks, None):
-            return f"it carries hooks ({hooks.strip('_')})"
-    for name, tensor in layer.named_parameters(recurse=False):
-        for hooks in _TENSOR_HOOKS:
-            if getattr(tensor, hooks, None):
-                return f"its {name} carries hooks ({hooks.strip('_')})"
-    if hasattr(layer, "_hf_hook"):
-        return "it carries a hook of accelerate"
-    dtype = cast(nn.Parameter, layer.weight).dtype
-    return None if dtype in DTYPES else f"its weight is {dtype}"
 
 
 def _no_match(regex: str, names: list[str]) -> str:

@@ -34,6 +34,7 @@ class PseudoBlockSparseLinear(nn.Module):
             raise TypeError(f"layer: must be a BlockSparseLinear, got {type(layer).__name__}")
         self.in_features = layer.in_features
         self.out_features = layer.out_features
+        self.density = layer.density
         weight = layer.weight.to_dense().detach()
         ones = BlockSparseMatrix(torch.ones_like(layer.values, dtype=torch.bool), layer.pattern)
         self.weight = nn.Parameter(weight, requires_grad=layer.values.requires_grad)

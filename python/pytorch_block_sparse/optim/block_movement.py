@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._progress import progress
 from . import scores
 from .choose import highest, without_nan
 from .schedule import Cubic, Every, share_of
@@ -105,7 +106,7 @@ class BlockMovement(Sparsifier):
 
     def compact(self) -> None:
         """Frees the memory of masked blocks, for good. Makes new Parameters."""
-        for layer in self.layers:
+        for layer in progress(self.layers, "Compacting"):
             self.scores[layer.name] = self.scores[layer.name][layer.alive]
             self._aside[layer.name] = self._aside[layer.name][:0]
             self._compact(layer)

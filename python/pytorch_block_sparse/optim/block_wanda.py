@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._progress import progress
 from . import scores
 from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
@@ -105,7 +106,7 @@ class BlockWanda(Sparsifier):
         before = {layer.name: layer.module.block_count for layer in self.layers}
         counts = {name: min(count, before[name]) for name, count in self._counts.items()}
         keep = keep_blocks(norms, counts, self.distribution)
-        for layer in self.layers:
+        for layer in progress(self.layers, "Compacting"):
             layer.set_alive(keep[layer.name])
             self._compact(layer)
         return {layer.name: before[layer.name] - layer.module.block_count for layer in self.layers}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._progress import progress
 from . import scores
 from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
@@ -99,7 +100,7 @@ class GradualMagnitude(Sparsifier):
 
     def compact(self) -> None:
         """Frees the memory of all blocks held at zero. Makes new Parameters."""
-        for layer in self.layers:
+        for layer in progress(self.layers, "Compacting"):
             self._compact(layer)
 
     def _after_step(self) -> None:

@@ -1,0 +1,20 @@
+"""Run in a process of its own: loads each checkpoint of a folder, and says what it computes.
+
+    python hf_load.py FOLDER
+
+FOLDER has one folder for each model; its logits go into ``logits.pt`` in it.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import hf_helpers
+
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    auto = getattr(transformers, (folder / "auto.txt").read_text())
+    model = auto.from_pretrained(folder / "model")
+    torch.save(hf_helpers.logits(model), folder / "logits.pt")
+    print(folder.name, sum(p.numel() for p in model.parameters()), flush=True)
