@@ -115,25 +115,17 @@ class Worker {
     return parts + (int64_t{blockIdx.x} * params_.strips + strip_) * C::kSums;
   }
 
+  // In place, though the code is long: a function would take the sums through local memory.
   __device__ __forceinline__ void put_sums() {
-    const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
-    put(params_, Sums<C>(sums_), target_, output, lane_);
-  }
-
-  // Once per row of blocks. Short code, out of the loop: what runs once waits for every instruction
-  // to be fetched. The copy can be indexed, as registers cannot.
-  __device__ static __noinline__ void put(const Params& params, Sums<C> sums, float4* target,
-                                          int output, int lane) {
-    const float4* parts = sums.of[0];
-    if (target != nullptr) {
-#pragma unroll 2
-      for (int i = 0; i < C::kHigh * C::kWide; ++i) target[i * 32 + lane] = parts[i];
+    if (target_ != nullptr) {
+      sums_.for_each(
+          [&](float4& sums, int i, int j) { target_[(i * C::kWide + j) * 32 + lane_] = sums; });
       return;
     }
-#pragma unroll 1
-    for (int i = 0; i < C::kHigh * C::kWide; ++i) {
-      store<typename C::T>(params, i % C::kWide * 8, output + i / C::kWide * 16, parts[i], lane);
-    }
+    const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
+    sums_.for_each([&](float4& sums, int i, int j) {
+      store<typename C::T>(params_, 8 * j, output + 16 * i, sums, lane_);
+    });
   }
 
   const Params& params_;
