@@ -75,7 +75,7 @@ class Worker {
       for (int i = 0; i < C::kUnits; ++i) {
         if (unit + i < units) products[i].load(params_, places.depth(unit + i), lane_);
       }
-      const Tile<C>(&tiles)[C::kUnits] = stream.next();
+      const typename Stream<C>::Stage& tiles = stream.next();
 #pragma unroll
       for (int i = 0; i < C::kUnits; ++i) {
         if (unit + i >= units) break;

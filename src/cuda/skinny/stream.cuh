@@ -115,17 +115,20 @@ class Stream {
     for (int i = 0; i < C::kStages - 1; ++i) fetch();
   }
 
-  // The next stage, when it is there.
- __device__ __forceinline__ const Tile<C> (&next()) [C::kUnits] {
-   ptx::wait_for_copies<C::kStages - 2>();
-   __syncwarp();  // the copies of all lanes; and all have used the stage that is filled next
-   fetch();
-   const int stage = used_;
-   used_ = used_ + 1 < C::kStages ? used_ + 1 : 0;
-   return ring_[stage];
- }
+  using Stage = Tile<C>[C::kUnits];
 
- private : __device__ __forceinline__ void fetch() {
+  // The next stage, when it is there.
+  __device__ __forceinline__ const Stage& next() {
+    ptx::wait_for_copies<C::kStages - 2>();
+    __syncwarp();  // the copies of all lanes; and all have used the stage that is filled next
+    fetch();
+    const int stage = used_;
+    used_ = used_ + 1 < C::kStages ? used_ + 1 : 0;
+    return ring_[stage];
+  }
+
+ private:
+  __device__ __forceinline__ void fetch() {
 #pragma unroll
     for (int i = 0; i < C::kUnits; ++i) {
       if (fetched_ + i >= units_) break;
