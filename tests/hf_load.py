@@ -13,8 +13,14 @@ import transformers
 
 import hf_helpers
 
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    auto = getattr(transformers, (folder / "auto.txt").read_text())
-    model = auto.from_pretrained(folder / "model")
-    torch.save(hf_helpers.logits(model), folder / "logits.pt")
-    print(folder.name, sum(p.numel() for p in model.parameters()), flush=True)
+
+def main(checkpoints: Path) -> None:
+    for folder in sorted(checkpoints.iterdir()):
+        auto = getattr(transformers, (folder / "auto.txt").read_text())
+        model = auto.from_pretrained(folder / "model")
+        torch.save(hf_helpers.logits(model), folder / "logits.pt")
+        print(folder.name, sum(p.numel() for p in model.parameters()), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
