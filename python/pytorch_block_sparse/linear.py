@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._module import DTYPES, PatternModule, own
+from ._sharded import own_part, own_part_like
 from .matrix import BlockSparseMatrix, largest_blocks, zero_outside_
 from .pattern import Pattern, check_block_shape, check_density, grid_shape
 
@@ -205,7 +206,8 @@ class BlockSparseLinear(PatternModule):
         with torch.no_grad():
             bound = self._present_inputs().clamp(min=1).rsqrt().to(self.values.dtype)
             rows = self.pattern.row_indices.long()
-            self.values.uniform_(-1, 1).mul_(bound[rows, None, None])
+            self.values.uniform_(-1, 1)
+            own_part(self.values).mul_(own_part_like(bound[rows, None, None], self.values))
             zero_outside_(self.values, self.pattern)
             if self.bias is not None:
                 bound_of_bias = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
