@@ -25,7 +25,6 @@ def two_ranks(work, folder):
 def _run(rank, port, work, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.save(work(rank, folder), folder / f"result{rank}.pt")
     dist.destroy_process_group()

@@ -58,6 +58,8 @@ class BlockSparseLinear(PatternModule):
         26
     """
 
+    is_part = False  # True where other ranks hold the rest of the layer (tensor parallelism)
+
     def __init__(
         self,
         in_features: int,
@@ -171,11 +173,14 @@ class BlockSparseLinear(PatternModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        return self._product(input, self.bias)
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if input.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"input: must be [..., in_features={self.in_features}], got {list(input.shape)}"
             )
-        return ops.linear(input, self.values, self._index, self.bias, self.out_features)
+        return ops.linear(input, self.values, self._index, bias, self.out_features)
 
     def prepack(self) -> "PrepackedLinear":
         """This layer for serving on the CPU: a module that holds the values in the kernels' order.
