@@ -13,8 +13,8 @@ from pytorch_block_sparse import BlockSparseLinear
 STEPS, TOKENS = 4, 8
 
 
-def two_ranks(work, folder):
-    """What `work(rank, folder)` returned on each of two ranks."""
+def two_processes(work, folder):
+    """What `work(rank, folder)` returned in each of two processes, as torchrun would start them."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -23,9 +23,10 @@ def two_ranks(work, folder):
 
 
 def _run(rank, port, work, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
+    )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.save(work(rank, folder), folder / f"result{rank}.pt")
     dist.destroy_process_group()
 

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed_helpers import batches, layers_of, mlp, train, two_ranks
+from distributed_helpers import batches, layers_of, mlp, train, two_processes
 from linear_helpers import outside
+from pytorch_block_sparse.distributed import broadcast_patterns_
 from pytorch_block_sparse.optim import BlockSET, update_pattern_
 
 pytestmark = [
@@ -74,6 +75,23 @@ def fsdp_mixed(rank, folder):
             model[0].values.grad.dtype,
             model[0]._index.dtype,
         ],
+    }
+
+
+def broadcast(rank, folder):
+    numbers, empty = mlp(seed=rank), mlp(seed=rank, device="meta")
+    for model in (numbers, empty):
+        broadcast_patterns_(model)
+    said = None
+    try:
+        broadcast_patterns_(mlp(density=0.3 + 0.2 * rank))
+    except ValueError as error:
+        said = str(error)
+    empty.to_empty(device="cpu")
+    return {
+        "indices": [layer._index for layer in layers_of(numbers) + layers_of(empty)],
+        "outside": [layer.values[outside(layer)].abs().sum() for layer in layers_of(numbers)],
+        "said": said,
     }
 
 
@@ -139,10 +157,21 @@ def fsdp_refusals(rank, folder):
     return {"said": said, "same": same}
 
 
-SCENARIOS = (ddp, fsdp, fsdp_mixed, fsdp_meta, fsdp_save, fsdp_load, fsdp_load_whole, fsdp_refusals)
+SCENARIOS = (
+    broadcast,
+    ddp,
+    fsdp,
+    fsdp_mixed,
+    fsdp_meta,
+    fsdp_save,
+    fsdp_load,
+    fsdp_load_whole,
+    fsdp_refusals,
+)
 
 
 def work(rank, folder):
+    dist.init_process_group("gloo")
     return {scenario.__name__: scenario(rank, folder) for scenario in SCENARIOS}
 
 
@@ -156,7 +185,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return two_ranks(work, folder)
+    return two_processes(work, folder)
 
 
 def assert_same_state(state, wanted, **tolerance):
@@ -183,6 +212,17 @@ def test_ddp_takes_the_pattern_of_rank_0(ranks):
     for rank in ranks:
         for index, of_0 in zip(rank["ddp"]["indices"], wanted, strict=True):
             assert torch.equal(index, of_0)
+
+
+def test_patterns_of_one_rank_for_all(ranks):
+    numbers, empty = mlp(seed=0), mlp(seed=0, device="meta").to_empty(device="cpu")
+    wanted = [layer._index for layer in layers_of(numbers) + layers_of(empty)]
+    for rank in ranks:
+        for index, of_0 in zip(rank["broadcast"]["indices"], wanted, strict=True):
+            assert torch.equal(index, of_0)
+        assert not any(rank["broadcast"]["outside"])
+    assert ranks[0]["broadcast"]["said"] is None
+    assert "0: has 31 blocks on rank 0, but 52 here" in ranks[1]["broadcast"]["said"]
 
 
 def test_fsdp_shards_along_the_blocks(ranks):

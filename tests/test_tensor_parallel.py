@@ -9,10 +9,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from distributed_helpers import train, two_ranks
+from distributed_helpers import train, two_processes
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
 from pytorch_block_sparse.distributed import (
     BlockSparseColwiseParallel,
@@ -179,6 +180,21 @@ def meta(rank, folder):
     return {"state": mlp.state_dict()}
 
 
+def two_dimensions(rank, folder):
+    """FSDP2 over one dimension of the mesh, of size 1 here, the parts over the other."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    mlp, cuts = MLP(), cuts_of(MLP())
+    plan = {"up": COLWISE(cuts=cuts), "down": ROWWISE(cuts=cuts)}
+    parallelize_module(mlp, mesh["tp"], plan)
+    for layer in (mlp.up, mlp.down):
+        fully_shard(layer, mesh=mesh["dp"])
+    losses = train(mlp)
+    try:
+        mlp.state_dict()
+    except ValueError as error:
+        return {"losses": losses, "said": str(error)}
+
+
 def refusals(rank, folder):
     line, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
     small = BlockSparseLinear(64, 16, block_shape=(16, 16))
@@ -211,10 +227,11 @@ def refusals(rank, folder):
     return {"said": said, "untouched": type(small) is BlockSparseLinear}
 
 
-SCENARIOS = (pair, layouts, even, training, loading, meta, refusals)
+SCENARIOS = (pair, layouts, even, training, loading, meta, two_dimensions, refusals)
 
 
 def work(rank, folder):
+    dist.init_process_group("gloo")
     return {scenario.__name__: scenario(rank, folder) for scenario in SCENARIOS}
 
 
@@ -228,7 +245,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return two_ranks(work, folder)
+    return two_processes(work, folder)
 
 
 def assert_close(actual, wanted):
@@ -310,6 +327,12 @@ def test_training_and_its_checkpoint(ranks, folder):
     dcp.load(state, checkpoint_id=folder / "saved")  # saved on two ranks
     set_model_state_dict(alone, state["model"])
     assert_same_state(alone.state_dict(), ranks[0]["training"]["state"])
+
+
+def test_fsdp_on_top(ranks):
+    for rank in ranks:
+        assert_close(rank["two_dimensions"]["losses"], train(MLP()))
+        assert "take its state_dict before" in rank["two_dimensions"]["said"]
 
 
 def test_loading_another_pattern(ranks):

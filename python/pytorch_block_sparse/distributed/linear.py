@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard
 
+from .._sharded import refuse_sharded
 from ..linear import BlockSparseLinear
 from ..pattern import Pattern
 from .collectives import broadcast, broadcast_pattern, cuts_last, spread
@@ -80,6 +81,7 @@ class ParallelLinear(BlockSparseLinear):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        refuse_sharded("layer", self.values, "take its state_dict")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.values.is_meta:
             for name, tensor in self._whole().items():
