@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._resized import refuse_old_state
+from ._sharded import is_sharded
 from .matrix import zero_outside
 from .pattern import Pattern
 
@@ -125,7 +126,9 @@ class PatternModule(nn.Module):
                 self.values.grad = None  # it is that of other blocks
             values = state_dict[keys[0]].detach()
             inside = zero_outside(values, pattern.to(values.device))
-            if not torch.equal(inside, values):  # else `assign` takes the tensor as it is
+            if inside is not values and not torch.equal(
+                inside, values
+            ):  # else `assign` takes the tensor as it is
                 state_dict = {**state_dict, keys[0]: inside}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -155,6 +158,11 @@ class PatternModule(nn.Module):
                 )
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{name}: must be {list(size)}, got {list(tensor.shape)}")
+        if is_sharded(self.values) and pattern.nnz != self.block_count:
+            raise ValueError(
+                f"values: are sharded (fully_shard) and stay {self.block_count} blocks, but the "
+                f"checkpoint has {pattern.nnz}; load it before they are sharded"
+            )
         return pattern
 
     def _resize(self, pattern: Pattern) -> None:

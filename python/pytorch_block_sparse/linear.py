@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._module import DTYPES, PatternModule, own
+from ._sharded import own_part, own_part_like
 from .matrix import BlockSparseMatrix, largest_blocks, zero_outside_
 from .pattern import Pattern, check_block_shape, check_density, grid_shape
 
@@ -56,6 +57,8 @@ class BlockSparseLinear(PatternModule):
         >>> layer.block_count
         26
     """
+
+    is_part = False  # True where other ranks hold the rest of the layer (tensor parallelism)
 
     def __init__(
         self,
@@ -170,11 +173,14 @@ class BlockSparseLinear(PatternModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        return self._product(input, self.bias)
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if input.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"input: must be [..., in_features={self.in_features}], got {list(input.shape)}"
             )
-        return ops.linear(input, self.values, self._index, self.bias, self.out_features)
+        return ops.linear(input, self.values, self._index, bias, self.out_features)
 
     def prepack(self) -> "PrepackedLinear":
         """This layer for serving on the CPU: a module that holds the values in the kernels' order.
@@ -205,7 +211,8 @@ class BlockSparseLinear(PatternModule):
         with torch.no_grad():
             bound = self._present_inputs().clamp(min=1).rsqrt().to(self.values.dtype)
             rows = self.pattern.row_indices.long()
-            self.values.uniform_(-1, 1).mul_(bound[rows, None, None])
+            self.values.uniform_(-1, 1)
+            own_part(self.values).mul_(own_part_like(bound[rows, None, None], self.values))
             zero_outside_(self.values, self.pattern)
             if self.bias is not None:
                 bound_of_bias = 1 / math.sqrt(self.in_features) if self.in_features else 0.0

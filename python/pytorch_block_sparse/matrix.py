@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._sharded import own_part, own_part_like
 from .pattern import Pattern, check_block_shape, check_shape, count_for_density, grid_shape
 
 _AT_A_TIME = 2**18  # elements: 1 MB of float32
@@ -294,10 +295,11 @@ def zero_outside_(values: Tensor, pattern: Pattern) -> Tensor:
     (rows, cols), (block_out, block_in) = pattern.grid, pattern.block_shape
     inside_out = pattern.shape[0] - (rows - 1) * block_out
     inside_in = pattern.shape[1] - (cols - 1) * block_in
+    own = own_part(values)
     if inside_out < block_out:
-        values[pattern.row_indices == rows - 1, inside_out:] = 0
+        own[own_part_like(pattern.row_indices == rows - 1, values), inside_out:] = 0
     if inside_in < block_in:
-        values[pattern.col_indices == cols - 1, :, inside_in:] = 0
+        own[own_part_like(pattern.col_indices == cols - 1, values), :, inside_in:] = 0
     return values
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._sharded import refuse_sharded
 from ..linear import BlockSparseLinear
 from .choose import generator
 from .schedule import Every
@@ -165,6 +166,12 @@ class Sparsifier:
         for name, module in sparse_layers(model).items():
             if only is not None and not only(name):
                 continue
+            refuse_sharded(name, module.values, "optimise its pattern")
+            if module.is_part and self.process_group is None:
+                raise ValueError(
+                    f"{name}: is cut over ranks (tensor parallel); give process_group: the ranks "
+                    "that hold copies of the same part"
+                )
             if self.optimizer is not None:
                 if not module.values.requires_grad:
                     warnings.warn(f"{name}: is frozen, its pattern stays as it is", stacklevel=4)

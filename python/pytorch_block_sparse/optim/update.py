@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._sharded import refuse_sharded
 from ..linear import BlockSparseLinear
 from ..matrix import BlockSparseMatrix, zero_outside_
 from ..pattern import Pattern, with_walks
@@ -256,6 +257,7 @@ def _matrix(layer: BlockSparseLinear | BlockSparseMatrix) -> BlockSparseMatrix:
         raise TypeError(
             f"layer: must be a BlockSparseLinear or a BlockSparseMatrix, got {type(layer).__name__}"
         )
+    refuse_sharded("layer", matrix.values, "change its pattern")
     if matrix.values.is_meta:
         raise ValueError("layer: is on the meta device and has no blocks to move")
     return matrix
