@@ -34,7 +34,7 @@ bench: setup  ## time the products against torch's dense ones, and check the bar
 	python benchmarks/bars.py
 
 docs: setup  ## the documentation site, build/site/index.html; a warning is an error
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 notebook: setup  ## run the notebook of the documentation anew, its outputs included (minutes)
 	jupyter nbconvert --to notebook --execute --inplace \
