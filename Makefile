@@ -15,7 +15,7 @@ MODULES := $(shell find python -name '*.py' | sort | cksum | cut -d ' ' -f 1)
 INSTALLED := .venv/project-$(MODULES).stamp
 HAVE_GTEST = printf '\#include <gtest/gtest.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1
 
-.PHONY: help setup demo test test-cpp bench lint format wheel clean
+.PHONY: help setup demo test test-cpp bench docs notebook lint format wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -32,6 +32,13 @@ test: setup test-cpp  ## all tests: C++ (where GoogleTest is found), then Python
 bench: setup  ## time the products against torch's dense ones, and check the bars
 	python benchmarks/overhead.py
 	python benchmarks/bars.py
+
+docs: setup  ## the documentation site, build/site/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+notebook: setup  ## run the notebook of the documentation anew, its outputs included (minutes)
+	jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
 
 lint: setup  ## formatting, style and types
 	ruff check .
@@ -76,5 +83,5 @@ test-cpp: setup
 
 $(INSTALLED): .venv/torch.stamp pyproject.toml
 	python -m pip install --no-build-isolation \
-	  --config-settings=cmake.define.BLOCK_SPARSE_WERROR=ON --editable '.[demo,transformers,peft,test,lint]'
+	  --config-settings=cmake.define.BLOCK_SPARSE_WERROR=ON --editable '.[demo,transformers,peft,test,docs,lint]'
 	touch $@

@@ -1,5 +1,7 @@
 """Writes the tables of the README from the results in benchmarks/results, and nothing by hand.
 
+Pages of docs/ include them from there, section by section.
+
 Usage: python benchmarks/figures.py           # rewrite the README
        python benchmarks/figures.py --check   # fail if the README is not what the results say
 """
@@ -115,23 +117,37 @@ def bars_section(path):
     yield ""
 
 
+def named(name, lines):
+    """Lines that a page of docs/ includes by that name."""
+    yield f"<!-- --8<-- [start:{name}] -->"
+    yield from lines
+    yield f"<!-- --8<-- [end:{name}] -->"
+    yield ""
+
+
+SPEEDUP = [
+    "How many times faster than the best dense call that torch offers for the same shape, the",
+    "fastest of `F.linear` and oneDNN with packed and with plain weights: geometric mean over",
+    "the shapes, the worst in brackets. Gradients are held against the dense *forward*. Calls",
+    "alternate in one process.",
+    "",
+]
+SECTIONS = {
+    "cpu": section,
+    "gpu": gpu_section,
+    "few_tokens": few_tokens_section,
+    "bars": bars_section,
+}
+
+
 def figures():
     yield BEGIN
     yield "## Measured"
     yield ""
-    yield "How many times faster than the best dense call that torch offers for the same shape, the"
-    yield "fastest of `F.linear` and oneDNN with packed and with plain weights: geometric mean over"
-    yield "the shapes, the worst in brackets. Gradients are held against the dense *forward*. Calls"
-    yield "alternate in one process."
-    yield ""
-    for path in sorted((HERE / "results").glob("cpu_*.json")):
-        yield from section(path)
-    for path in sorted((HERE / "results").glob("gpu_*.json")):
-        yield from gpu_section(path)
-    for path in sorted((HERE / "results").glob("few_tokens_*.json")):
-        yield from few_tokens_section(path)
-    for path in sorted((HERE / "results").glob("bars_*.json")):
-        yield from bars_section(path)
+    yield from named("speedup", SPEEDUP)
+    for kind, lines in SECTIONS.items():
+        for path in sorted((HERE / "results").glob(f"{kind}_*.json")):
+            yield from named(path.stem, lines(path))
     yield END
 
 

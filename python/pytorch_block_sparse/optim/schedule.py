@@ -31,8 +31,10 @@ def share_of(total_steps: int, share: float, given: int | None = None) -> int:
 class Every:
     """Which steps are due: every `interval` steps, from `begin` up to and including `end`.
 
-    >>> [step for step in range(20) if Every(5, begin=5, end=15).due(step)]
-    [5, 10, 15]
+    Example:
+        >>> from pytorch_block_sparse.optim import Every
+        >>> [step for step in range(20) if Every(5, begin=5, end=15).due(step)]
+        [5, 10, 15]
     """
 
     interval: int
