@@ -1,6 +1,6 @@
 """The pages of docs/: their Python runs as printed, and what they list is what there is.
 
-README.md, pattern-optimisation.md and huggingface.md have tests of their own.
+README.md, pattern-optimisation.md, huggingface.md and distributed.md have tests of their own.
 """
 
 import re
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import pytorch_block_sparse
-from pytorch_block_sparse import BlockSparseLinear, Pattern, integrations, optim
+from pytorch_block_sparse import BlockSparseLinear, Pattern, distributed, integrations, optim
 from pytorch_block_sparse.testing import kernel_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TESTED_ELSEWHERE = {"pattern-optimisation.md", "huggingface.md"}
+TESTED_ELSEWHERE = {"pattern-optimisation.md", "huggingface.md", "distributed.md"}
 WITH_PYTHON = sorted(
     page.name
     for page in DOCS.glob("*.md")
@@ -97,6 +97,7 @@ def test_every_public_name_has_its_place_in_the_reference():
         *(set(pytorch_block_sparse.__all__) - {"ops"}),
         *(f"optim.{name}" for name in optim.__all__),
         *(f"integrations.{name}" for name in integrations.__all__),
+        *(f"distributed.{name}" for name in distributed.__all__),
     }
     assert public <= listed
 
