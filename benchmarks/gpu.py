@@ -10,6 +10,7 @@ are together several times as large as L2; the time of one call. Nothing is empt
 Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
            [--tokens 8192] [--bsr] [--kernel NAME...] [--json FILE] [--plot FILE]
        python benchmarks/gpu.py --graph --tokens 1 2 4 8 16 32 64 --products forward grad_input
+       python benchmarks/linear.py --device cuda ... is the same
 """
 
 import argparse
@@ -37,7 +38,7 @@ def pair(text):
     return int(first), int(second)
 
 
-def arguments():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--shapes", nargs="+", type=pair, default=[(14336, 4096)])
@@ -53,7 +54,7 @@ def arguments():
     parser.add_argument("--kernel", nargs="+", help="time these only, the first that accepts")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def in_turn(calls, repeats, flush):
@@ -199,8 +200,10 @@ def plot(results, path):
     figure.savefig(path, dpi=120)
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
+    if not torch.cuda.is_available():
+        sys.exit("gpu.py: there is no NVIDIA GPU here")
     if args.kernel:
         os.environ["BLOCK_SPARSE_KERNEL"] = ",".join(args.kernel)
     torch.set_grad_enabled(False)

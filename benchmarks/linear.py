@@ -7,7 +7,7 @@ plain weights; grad_input and grad_weight are held against the dense *forward*, 
 the step of ``nn.Linear``. The ratio is useful flops per second over dense flops per second: 1.0 at
 density 0.25 means four times as fast.
 
-For a GPU see gpu.py.
+With ``--device cuda`` it is gpu.py, which has options of its own.
 
 Usage: python benchmarks/linear.py --device cpu [--dtype bfloat16] [--block 16x16] [--threads 2]
            [--json FILE] [--plot FILE]
@@ -41,7 +41,7 @@ def pair(text):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--block", type=pair, default=(32, 32))
@@ -254,6 +254,13 @@ def plot(args, results, path):
 
 
 def main():
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device")
+    known, others = device.parse_known_args()
+    if known.device == "cuda":
+        import gpu
+
+        return gpu.main(others)
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
