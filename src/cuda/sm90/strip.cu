@@ -19,7 +19,8 @@ Refusal why_not(const ProductDesc& desc) {
   }
   const bool transposed = desc.product == Product::grad_input;
   if (strips::walk_size(desc.grid(), desc.block, transposed) == 0) {
-    return concat("a sum is over more than ", strips::kMaxColumns, " columns of pieces");
+    return concat("a sum is over more than ", strips::kMaxColumns, " pieces or ",
+                  strips::kMaxStages * strips::kStageDepth, " features");
   }
   return std::nullopt;
 }

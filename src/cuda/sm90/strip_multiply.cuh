@@ -1,66 +1,13 @@
-// The consumers of a strip kernel: fragments of W from shared memory, wgmma with a stage of x, and
-// the stores. They follow their lists of items.
+// The consumers of a strip kernel: what they wait for, multiply and release, as their lists of
+// items say. How a fragment is read and a sum is stored is in strip_fragment.cuh and
+// strip_store.cuh.
 #pragma once
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // an N of 176
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/arch/mma_sm90_gmma_ext.hpp>
-#include <utility>
-
+#include "cuda/sm90/strip_fragment.cuh"
 #include "cuda/sm90/strip_params.cuh"
-#include "cuda/sm90/wgmma.cuh"
+#include "cuda/sm90/strip_store.cuh"
 
 namespace block_sparse::cuda::sm90::strips {
-
-using Fragment = uint32_t[4];
-
-// wgmma with W in registers, by element type and tokens.
-template <Dtype kDtype, int kTokens>
-struct StripMma;
-template <>
-struct StripMma<Dtype::bf16, 176>
-    : cute::SM90::GMMA::MMA_64x176x16_F32BF16BF16_RS<Major::K, Major::K> {};
-template <>
-struct StripMma<Dtype::f16, 176>
-    : cute::SM90::GMMA::MMA_64x176x16_F32F16F16_RS<Major::K, Major::K> {};
-template <>
-struct StripMma<Dtype::bf16, 192>
-    : cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_RS<Major::K, Major::K> {};
-template <>
-struct StripMma<Dtype::f16, 192>
-    : cute::SM90::GMMA::MMA_64x192x16_F32F16F16_RS<Major::K, Major::K> {};
-
-// sums[64, tokens] += W[64, 16] xt[16, tokens].
-template <Dtype kDtype, int kSums>
-__device__ __forceinline__ void multiply_strip(float (&sums)[kSums], const Fragment& w,
-                                               uint64_t x) {
-  [&]<size_t... I>(std::index_sequence<I...>) {
-    StripMma<kDtype, 2 * kSums>::fma(w[0], w[1], w[2], w[3], x, sums[I]..., ScaleOut::One);
-  }(std::make_index_sequence<kSums>{});
-}
-
-template <Dtype kDtype>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (kDtype == Dtype::bf16) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
-
-template <Dtype kDtype>
-__device__ __forceinline__ float to_float(uint16_t bits) {
-  if constexpr (kDtype == Dtype::bf16) {
-    return __uint_as_float(uint32_t{bits} << 16);
-  } else {
-    return __half2float(__ushort_as_half(bits));
-  }
-}
 
 // An item as the warps of one row of pieces see it.
 struct Item {
@@ -91,7 +38,7 @@ class Multiply {
     const int warp = threadIdx.x / 32 % 4;
     row_ = warp * kWarpOutputs / kPiece.outputs;
     within_piece_ = warp * kWarpOutputs % kPiece.outputs;
-    w_ = ptx::address_of(shared.w) + fragment_offset();
+    w_ = ptx::address_of(shared.w) + fragment_offset<kConfig>(within_piece_, lane_);
     x_ = static_cast<uint32_t>(kOperand | descriptor_address(ptx::address_of(shared.x)));
     full_ = ptx::address_of(shared.full);
     empty_ = ptx::at_rank(ptx::address_of(shared.empty), lane_ % kCluster);
@@ -223,10 +170,10 @@ class Multiply {
     if (items[0].stage() > stage_) arrive_at(items[0].stage());
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const uint32_t piece = piece_at(items[i].slot());
+      const uint32_t piece = in_slot<kConfig>(w_, items[i].slot());
 #pragma unroll
       for (int step = 0; step < Size::kPieceSteps; ++step) {
-        ptx::load_matrices<kPiece.transposed>(fragments[i][step], at_step(piece, step));
+        ptx::load_matrices<kPiece.transposed>(fragments[i][step], at_step<kConfig>(piece, step));
       }
     }
 #pragma unroll
@@ -301,45 +248,6 @@ class Multiply {
     released_ = released_ == kTile.stages ? 0 : released_;
   }
 
-  // Row `lane % 8` of the 8x8 matrix `lane / 8` of a fragment, within a warp's part of a piece.
-  // In memory 16 bytes of a row are swapped within the swizzle. Forward: row 8 i + g of the
-  // fragment is output 4 (g / 2) + 2 (i ^ (g / 4)) + g % 2, so that a thread ends up with four
-  // outputs side by side. Transposed: a matrix has 8 outputs side by side, rows are the depth.
-  __device__ uint32_t fragment_offset() const {
-    const int g = lane_ % 8, i = lane_ / 8 % 2, half = lane_ / 16;
-    int row = 0, chunk = 0;
-    if constexpr (kPiece.transposed) {
-      row = half * 8 + g;
-      chunk = within_piece_ / 8 + i;
-    } else {
-      row = within_piece_ + g / 2 * 4 + 2 * (i ^ g / 4) + g % 2;
-      chunk = half;
-    }
-    const int line = row / Size::kLineRows;
-    chunk += row % Size::kLineRows * (Size::kRowBytes / 16);
-    const int swizzle = Size::kLineBytes == 128 ? line % 8 : line / 2 % 4;
-    return line * Size::kLineBytes + ((chunk ^ swizzle) << 4);
-  }
-
-  // The same in another slot. The swizzle repeats after 8 lines of 128 bytes; half as many make a
-  // slot of 512.
-  __device__ uint32_t piece_at(uint32_t slot) const {
-    const uint32_t piece = w_ + slot * Size::kPieceBytes;
-    return Size::kPieceBytes == 512 ? piece ^ (slot & 1) << 6 : piece;
-  }
-
-  // The same, 16 of the depth further: transposed by rows, which may be half of what the swizzle
-  // repeats after.
-  __device__ static uint32_t at_step(uint32_t piece, int step) {
-    if constexpr (kPiece.transposed) {
-      constexpr int kBytes = kStepDepth * Size::kRowBytes;
-      const uint32_t further = piece + step * kBytes;
-      return kBytes == 512 && Size::kLineBytes == 128 ? further ^ step % 2 << 6 : further;
-    } else {
-      return piece ^ step * (kStepDepth * 2);
-    }
-  }
-
   // A fragment must live until the wait for its products: ptxas does not know that they read it,
   // and would give two items under way the same registers.
   __device__ __forceinline__ static void keep(const Batch& batch) {
@@ -363,53 +271,10 @@ class Multiply {
 
   template <int kHalf>
   __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
-    store<0, kHalf>(sums, outputs);
-    if constexpr (kGroups == 2) store<1, kHalf>(sums, outputs);
-  }
-
-  // Half the tokens of group g. 8 outputs x 8 tokens at a time are transposed within the warp; a
-  // thread then has four outputs of a token.
-  template <int g, int kHalf>
-  __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
-    const int token = outputs.token + lane_ / 4;
-    const int quad = lane_ % 4;
-    const bool odd = kPiece.transposed ? lane_ & 1 : lane_ & 2;
-    const int within =
-        kPiece.transposed ? quad / 2 * 4 + (odd ? 8 : 0) : quad * 4;  // of this thread's outputs
-    const int output = outputs.first[g] + within;
-    const int tokens = output < params_.outputs ? params_.tokens : 0;
-    float bias[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) bias[i] = bias_of(outputs.first[g], i);
-    uint16_t* to = static_cast<uint16_t*>(params_.output) + token * params_.output_stride + output;
-#pragma unroll
-    for (int j = kHalf * kTile.tokens / 16; j < (kHalf + 1) * kTile.tokens / 16; ++j) {
-      uint32_t pairs[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float* sum = &sums[g][j * 4 + i * 2];
-        pairs[i] = ptx::transpose_matrix(pack<kConfig.dtype>(sum[0] + bias[i], sum[1] + bias[i]));
-      }
-      if constexpr (kPiece.transposed) {
-        const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? pairs[0] : pairs[1], 1);
-        pairs[0] = odd ? got : pairs[0];
-        pairs[1] = odd ? pairs[1] : got;
-      }
-      const uint2 four = !kPiece.transposed && odd ? make_uint2(pairs[1], pairs[0])
-                                                   : make_uint2(pairs[0], pairs[1]);
-      if (token + j * 8 < tokens) {
-        __stcs(reinterpret_cast<uint2*>(to + j * 8 * params_.output_stride), four);
-      }
+    store_strip<kConfig, kHalf>(sums[0], params_, outputs.first[0], outputs.token, lane_);
+    if constexpr (kGroups == 2) {
+      store_strip<kConfig, kHalf>(sums[1], params_, outputs.first[1], outputs.token, lane_);
     }
-  }
-
-  // Of row 8 i + lane / 4 of the fragment (fragment_offset).
-  __device__ float bias_of(int first, int i) const {
-    const int g = lane_ / 4;
-    const int output =
-        first + (kPiece.transposed ? 8 * i + g : g / 2 * 4 + 2 * (i ^ g / 4) + g % 2);
-    if (params_.bias == nullptr || output >= params_.outputs) return 0;
-    return to_float<kConfig.dtype>(__ldg(static_cast<const uint16_t*>(params_.bias) + output));
   }
 
   const Params& params_;

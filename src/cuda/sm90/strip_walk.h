@@ -19,6 +19,7 @@ constexpr int kItemRows = 8;
 constexpr int kItemGroup = 12;
 constexpr int kItemColumn = 13;
 constexpr int64_t kMaxColumns = int64_t{1} << (32 - kItemColumn);
+constexpr int64_t kMaxStages = int64_t{1} << 16;  // of a tile: warps count them in 16 bits
 
 // What is loaded for a stage, in the order of columns, then of the tile's rows.
 struct StageRecord {
@@ -106,7 +107,8 @@ constexpr bool takes_block(BlockShape block) {
 inline int64_t walk_size(GridShape grid, BlockShape block, bool transposed) {
   if (!takes_block(block)) return 0;
   const Lines lines = lines_of(grid, block, transposed);
-  return lines.columns() > kMaxColumns ? 0 : WalkLayout(lines).size;
+  const bool fits = lines.columns() <= kMaxColumns && lines.stages() <= kMaxStages;
+  return fits ? WalkLayout(lines).size : 0;
 }
 
 // Fills `walk`, on the stream. `order`: which line is at which place (order.h).

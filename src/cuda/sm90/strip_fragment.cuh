@@ -1,0 +1,93 @@
+// The fragments of W of a strip kernel: how they lie in shared memory, and wgmma with them. No
+// waits and no order of work.
+#pragma once
+
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // an N of 176
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/mma_sm90_gmma_ext.hpp>
+#include <utility>
+
+#include "cuda/sm90/strip_config.h"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace block_sparse::cuda::sm90::strips {
+
+using Fragment = uint32_t[4];
+
+// wgmma with W in registers, by element type and tokens.
+template <Dtype kDtype, int kTokens>
+struct StripMma;
+template <>
+struct StripMma<Dtype::bf16, 176>
+    : cute::SM90::GMMA::MMA_64x176x16_F32BF16BF16_RS<Major::K, Major::K> {};
+template <>
+struct StripMma<Dtype::f16, 176>
+    : cute::SM90::GMMA::MMA_64x176x16_F32F16F16_RS<Major::K, Major::K> {};
+template <>
+struct StripMma<Dtype::bf16, 192>
+    : cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_RS<Major::K, Major::K> {};
+template <>
+struct StripMma<Dtype::f16, 192>
+    : cute::SM90::GMMA::MMA_64x192x16_F32F16F16_RS<Major::K, Major::K> {};
+
+// sums[64, tokens] += W[64, 16] xt[16, tokens].
+template <Dtype kDtype, int kSums>
+__device__ __forceinline__ void multiply_strip(float (&sums)[kSums], const Fragment& w,
+                                               uint64_t x) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    StripMma<kDtype, 2 * kSums>::fma(w[0], w[1], w[2], w[3], x, sums[I]..., ScaleOut::One);
+  }(std::make_index_sequence<kSums>{});
+}
+
+// Which output of a strip is row 8 i + g of its fragment. Forward, they are exchanged so that a
+// thread ends up with four outputs side by side. Transposed, ldmatrix takes 8 that are.
+template <Config kConfig>
+__device__ __forceinline__ int output_of_row(int i, int g) {
+  return kConfig.piece.transposed ? 8 * i + g : g / 2 * 4 + 2 * (i ^ g / 4) + g % 2;
+}
+
+// Where a lane's row of a fragment lies in a piece, in bytes: row `lane % 8` of the 8x8 matrix
+// `lane / 8`. `first`: the strip's first output in the piece. In memory 16 bytes of a line are
+// swapped within the swizzle.
+template <Config kConfig>
+__device__ __forceinline__ uint32_t fragment_offset(int first, int lane) {
+  using Size = Sizes<kConfig>;
+  const int g = lane % 8, i = lane / 8 % 2, half = lane / 16;
+  int row = 0, chunk = 0;
+  if constexpr (kConfig.piece.transposed) {
+    row = half * 8 + g;
+    chunk = first / 8 + i;
+  } else {
+    row = first + output_of_row<kConfig>(i, g);
+    chunk = half;
+  }
+  const int line = row / Size::kLineRows;
+  chunk += row % Size::kLineRows * (Size::kRowBytes / 16);
+  const int swizzle = Size::kLineBytes == 128 ? line % 8 : line / 2 % 4;
+  return line * Size::kLineBytes + ((chunk ^ swizzle) << 4);
+}
+
+// The same in another slot of the ring. The swizzle repeats after 8 lines of 128 bytes; half as
+// many make a slot of 512.
+template <Config kConfig>
+__device__ __forceinline__ uint32_t in_slot(uint32_t fragment, uint32_t slot) {
+  constexpr int kBytes = Sizes<kConfig>::kPieceBytes;
+  const uint32_t there = fragment + slot * kBytes;
+  return kBytes == 512 ? there ^ (slot & 1) << 6 : there;
+}
+
+// The same, 16 of the depth further: transposed by rows, which may be half of what the swizzle
+// repeats after.
+template <Config kConfig>
+__device__ __forceinline__ uint32_t at_step(uint32_t fragment, int step) {
+  using Size = Sizes<kConfig>;
+  if constexpr (kConfig.piece.transposed) {
+    constexpr int kBytes = kStepDepth * Size::kRowBytes;
+    const uint32_t further = fragment + step * kBytes;
+    return kBytes == 512 && Size::kLineBytes == 128 ? further ^ step % 2 << 6 : further;
+  } else {
+    return fragment ^ step * (kStepDepth * 2);
+  }
+}
+
+}  // namespace block_sparse::cuda::sm90::strips
