@@ -59,6 +59,16 @@ def section(path):
     yield ""
 
 
+def speedups(results, key, columns):
+    """Rows for each block and product, with a column for each value of `key`."""
+    yield "| block | product | " + " | ".join(f"{key} {value:g}" for value in columns) + " |"
+    yield "|---|---|" + "---:|" * len(columns)
+    cells = {(tuple(row["block"]), row["product"], row[key]): row["speedup"] for row in results}
+    for block, product in dict.fromkeys((tuple(row["block"]), row["product"]) for row in results):
+        line = " | ".join(f"{cells[block, product, value]:.2f}x" for value in columns)
+        yield f"| {block[0]}x{block[1]} | {product} | {line} |"
+
+
 def gpu_section(path):
     """Speed-up over cuBLAS of each product, by block size and density."""
     data = json.loads(path.read_text())
@@ -69,14 +79,7 @@ def gpu_section(path):
     yield f"call, {shape} ({about['gpu']}, torch {about['torch']}, {about['date']};"
     yield f"`{about['command']}`)."
     yield ""
-    yield "| block | product | " + " | ".join(f"density {d:g}" for d in densities) + " |"
-    yield "|---|---|" + "---:|" * len(densities)
-    cells = {
-        (tuple(row["block"]), row["product"], row["density"]): row["speedup"] for row in results
-    }
-    for block, product in dict.fromkeys((tuple(row["block"]), row["product"]) for row in results):
-        line = " | ".join(f"{cells[block, product, density]:.2f}x" for density in densities)
-        yield f"| {block[0]}x{block[1]} | {product} | {line} |"
+    yield from speedups(results, "density", densities)
     yield ""
 
 
@@ -92,14 +95,7 @@ def few_tokens_section(path):
     yield f"({about['gpu']}, torch {about['torch']}, {about['date']};"
     yield f"`{about['command']}`)."
     yield ""
-    yield "| block | product | " + " | ".join(f"tokens {n}" for n in tokens) + " |"
-    yield "|---|---|" + "---:|" * len(tokens)
-    cells = {
-        (tuple(row["block"]), row["product"], row["tokens"]): row["speedup"] for row in results
-    }
-    for block, product in dict.fromkeys((tuple(row["block"]), row["product"]) for row in results):
-        line = " | ".join(f"{cells[block, product, n]:.2f}x" for n in tokens)
-        yield f"| {block[0]}x{block[1]} | {product} | {line} |"
+    yield from speedups(results, "tokens", tokens)
     yield ""
 
 

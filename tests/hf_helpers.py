@@ -23,30 +23,26 @@ transformers.logging.disable_progress_bar()
 VOCABULARY, HIDDEN, INNER = 96, 64, 128
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+
+
 def bert():
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return transformers.BertForMaskedLM(config)
 
 
 def roberta():
     config = transformers.RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return transformers.RobertaForMaskedLM(config)
 
@@ -69,30 +65,12 @@ def gpt2():
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=40,
-        pad_token_id=1,
-    )
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=1)
     return transformers.LlamaForCausalLM(config)
 
 
 def qwen2():
-    config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=40,
-        pad_token_id=1,
-    )
+    config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2, pad_token_id=1)
     return transformers.Qwen2ForCausalLM(config)
 
 

@@ -1,6 +1,7 @@
 """The styles for ``parallelize_module``: they say how a layer is cut; ``parallelize`` does it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,7 +12,38 @@ from .linear import ColwiseLinear, Layouts, RowwiseLinear
 from .parallelize import parallelize_
 
 
-class BlockSparseColwiseParallel(ColwiseParallel):
+class _Cut:
+    """What both styles share; the other base is torch's style, which keeps the layouts."""
+
+    _layer: type[ColwiseLinear] | type[RowwiseLinear]
+    input_layouts: Any
+    output_layouts: Any
+    use_local_output: bool
+    src_data_rank: int | None
+
+    def __init__(
+        self,
+        *,
+        cuts: Sequence[int] | None = None,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            input_layouts=input_layouts,
+            output_layouts=output_layouts,
+            use_local_output=use_local_output,
+        )
+        self.cuts = cuts
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layouts = Layouts(self.input_layouts, self.output_layouts, self.use_local_output)
+        return parallelize_(
+            module, self._layer, device_mesh, self.cuts, layouts, self.src_data_rank
+        )
+
+
+class BlockSparseColwiseParallel(_Cut, ColwiseParallel):
     """``ColwiseParallel`` for :class:`BlockSparseLinear`: each rank has a range of block rows.
 
     Cut are the outputs, and the bias with them. The layer stays a ``BlockSparseLinear``, one of its
@@ -44,29 +76,10 @@ class BlockSparseColwiseParallel(ColwiseParallel):
         ...     })
     """
 
-    def __init__(
-        self,
-        *,
-        cuts: Sequence[int] | None = None,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(
-            input_layouts=input_layouts,
-            output_layouts=output_layouts,
-            use_local_output=use_local_output,
-        )
-        self.cuts = cuts
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layouts = Layouts(self.input_layouts, self.output_layouts, self.use_local_output)
-        return parallelize_(
-            module, ColwiseLinear, device_mesh, self.cuts, layouts, self.src_data_rank
-        )
+    _layer = ColwiseLinear
 
 
-class BlockSparseRowwiseParallel(RowwiseParallel):
+class BlockSparseRowwiseParallel(_Cut, RowwiseParallel):
     """``RowwiseParallel`` for :class:`BlockSparseLinear`: each rank has a range of block columns.
 
     Cut are the inputs; the bias is whole on every rank. Otherwise as
@@ -80,23 +93,4 @@ class BlockSparseRowwiseParallel(RowwiseParallel):
         use_local_output: whether the output is a plain tensor, by default, or a DTensor.
     """
 
-    def __init__(
-        self,
-        *,
-        cuts: Sequence[int] | None = None,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(
-            input_layouts=input_layouts,
-            output_layouts=output_layouts,
-            use_local_output=use_local_output,
-        )
-        self.cuts = cuts
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layouts = Layouts(self.input_layouts, self.output_layouts, self.use_local_output)
-        return parallelize_(
-            module, RowwiseLinear, device_mesh, self.cuts, layouts, self.src_data_rank
-        )
+    _layer = RowwiseLinear

@@ -108,7 +108,7 @@ class Multiply {
 #pragma unroll
     for (int h = 0; h < kProducts; ++h) {
       const int row = r / 2 * (C::kDepth / 4) + 4 * h + 2 * pair + r % 2;
-      ptx::load_transposed(a[h], bytes + Tile<C>::offset(row, 2 * i + half));
+      ptx::load_matrices<true>(a[h], bytes + Tile<C>::offset(row, 2 * i + half));
     }
   }
 

@@ -1,40 +1,19 @@
-// The instructions of Ampere and later that the few-token kernels use: asynchronous copies,
-// matrices of 8x8, the small matrix product, and the order of two launches.
+// The instructions of Ampere and later that the few-token kernels use: an asynchronous
+// copy, the small matrix product, and the order of two launches.
 #pragma once
 
 #include <cstdint>
 
 #include "block_sparse/dtype.h"
+#include "cuda/ptx.cuh"
 
 namespace block_sparse::cuda::skinny::ptx {
 
-__device__ inline uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
+using namespace cuda::ptx;
 
-// Copies that arrive some time later, in groups. Past the first cache: what is read once.
+// A copy that arrives some time later. Past the first cache: what is read once.
 __device__ inline void copy_16_bytes(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ inline void copy_word(uint32_t shared, const int32_t* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Four 8x8 matrices of 16-bit elements, each transposed; lane i gives the address of row i % 8 of
-// matrix i / 8.
-__device__ inline void load_transposed(uint32_t (&to)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(row)
-               : "memory");
 }
 
 // sums[16 x 8] += a[16 x 16] b[16 x 8]

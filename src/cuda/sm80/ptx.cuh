@@ -1,17 +1,15 @@
 // The instructions of Ampere that these kernels are made of: copies that arrive some time later,
-// barriers in shared memory, and the tensor cores' matrix fragments. 32-bit shared addresses, so
-// that one addition makes the next one. No layouts and no policy.
+// barriers in shared memory, and the tensor cores' product. No layouts and no policy.
 #pragma once
 
 #include <cstdint>
 
 #include "block_sparse/dtype.h"
+#include "cuda/ptx.cuh"
 
 namespace block_sparse::cuda::sm80::ptx {
 
-__device__ inline uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
+using namespace cuda::ptx;
 
 // 16 bytes to shared memory, or zeros: then nothing is read.
 __device__ inline void copy(uint32_t to, const void* from, bool inside) {
@@ -30,14 +28,6 @@ __device__ inline void copy_if(bool wanted, uint32_t to, const void* from, bool 
       "}" ::"r"(to),
       "l"(from), "r"(inside ? 16 : 0), "r"(int{wanted})
       : "memory");
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most kPending of the groups that this thread committed are under way.
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // A word of shared memory, which other threads write between barriers.
@@ -84,22 +74,6 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 #undef BLOCK_SPARSE_TEST
-}
-
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-template <bool kTransposed>
-__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row)
-                 : "memory");
-  }
 }
 
 // sums[16 x 8] += a[16 x 16] b[16 x 8], the two registers of b being b0 and b1.

@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace block_sparse::cuda::sm90::ptx {
 
-__device__ inline uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
+using namespace cuda::ptx;
 
 // Barriers in shared memory. A wait names the parity of the phase that it waits for.
 
@@ -106,22 +106,6 @@ __device__ inline void load_box_multicast(const CUtensorMap* map, uint32_t to, u
       ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
       "l"(map), "r"(barrier), "r"(col), "r"(row), "h"(mask)
       : "memory");
-}
-
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-template <bool kTransposed>
-__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row)
-                 : "memory");
-  }
 }
 
 // An 8x8 matrix of 16-bit elements, two to a lane, transposed.

@@ -48,6 +48,7 @@ Params params_of(const ProductDesc& desc, const ProductArgs& args) {
   params.piece_capacity = static_cast<int>(layout.piece_capacity);
   params.order = kTransposed ? pattern.col_order : pattern.row_order;
   params.lines = static_cast<int>(lines.lines);
+  params.places = static_cast<int>(lines.order_places());
   params.log_line_parts = std::countr_zero(static_cast<uint64_t>(lines.line_parts()));
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
   params.output = args.output.data;

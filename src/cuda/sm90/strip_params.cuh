@@ -52,6 +52,7 @@ struct Params {
   // Where the outputs of each row of a tile are.
   const int32_t* order;
   int lines;
+  int places;  // of lines in `order`, and none in the last few
   int log_line_parts;
 
   const void* bias;
@@ -67,8 +68,7 @@ struct Params {
 // none.
 __device__ inline int line_at(const Params& params, int place) {
   const int order_place = place >> params.log_line_parts;
-  const int places = (params.lines + 3) / 4 * 4;
-  return order_place < places ? __ldg(params.order + order_place) : -1;
+  return order_place < params.places ? __ldg(params.order + order_place) : -1;
 }
 
 // Its first output; `outputs` if there is no such line.

@@ -17,7 +17,7 @@ struct Source {
   const int32_t* cross;   // [nnz], ascending in each line
   const int32_t* blocks;  // where each block lies, or null: in this order
   const int32_t* order;   // which line is at which place
-  int lines, nnz, line_parts, cross_parts;
+  int lines, places, nnz, line_parts, cross_parts;
   int outputs, depth;  // of a piece
   Tile tile;
   int block_height;  // rows of a block in memory
@@ -37,8 +37,7 @@ struct Row {
   __device__ Row(const Source& s, int place) {
     const int order_place = place / s.line_parts;
     part = place % s.line_parts;
-    const int places = (s.lines + 3) / 4 * 4;
-    const int line = order_place < places ? s.order[order_place] : s.lines;
+    const int line = order_place < s.places ? s.order[order_place] : s.lines;
     if (line < 0 || line >= s.lines) return;
     begin = min(max(s.start[line], 0), s.nnz);
     end = max(begin, min(s.start[line + 1], s.nnz));
@@ -253,6 +252,7 @@ void build_walk(const PatternView& pattern, BlockShape block, bool transposed, c
   s.blocks = transposed ? pattern.perm : nullptr;
   s.order = order;
   s.lines = static_cast<int>(lines.lines);
+  s.places = static_cast<int>(lines.order_places());
   s.nnz = static_cast<int>(lines.nnz);
   s.line_parts = static_cast<int>(lines.line_parts());
   s.cross_parts = static_cast<int>(lines.cross_parts());

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "block_sparse/matrix.h"
+#include "cuda/sm90/order.h"
 #include "cuda/sm90/strip_config.h"
 
 namespace block_sparse::cuda::sm90::strips {
@@ -54,7 +55,7 @@ struct Lines {
     const int64_t outputs = tile().outputs() * kCluster;
     return (order_places() * line_side + outputs - 1) / outputs * kCluster;
   }
-  int64_t order_places() const { return (lines + 3) / 4 * 4; }
+  int64_t order_places() const { return order_size(lines); }
 
   Tile tile() const {
     if (depth() == kStepDepth) return kTall;
