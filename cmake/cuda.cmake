@@ -31,7 +31,11 @@ add_library(block_sparse_cuda STATIC
   src/cuda/sm90/tiles.cu
   src/cuda/sm90/walks.cpp
   src/cuda/reference.cu
-  src/cuda/tiled.cu
+  src/cuda/tiled/tiled.cu
+  src/cuda/tiled/tiled_bf16.cu
+  src/cuda/tiled/tiled_f16.cu
+  src/cuda/tiled/tiled_f32.cu
+  src/cuda/tiled/tiled_f64.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 
