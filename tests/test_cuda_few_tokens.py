@@ -181,7 +181,9 @@ def test_what_it_refuses(tokens, block_shape, dtype, reason):
 
 
 def test_a_pattern_without_blocks_is_refused():
-    pattern = Pattern.from_mask(torch.zeros(11, 15, dtype=torch.bool), shape=SIZES, block_shape=(32, 32))
+    pattern = Pattern.from_mask(
+        torch.zeros(11, 15, dtype=torch.bool), shape=SIZES, block_shape=(32, 32)
+    )
     problem = make_problem((4, *SIZES), (32, 32), torch.bfloat16, pattern).to("cuda")
     with pytest.raises(ValueError, match="nothing to multiply"):
         problem.run("forward")
