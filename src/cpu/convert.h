@@ -1,10 +1,39 @@
-// Sixteen-bit floats to vectors of float and back, rounding to nearest even as dtype.h does.
+// Narrow elements to vectors that are multiplied: sixteen-bit floats to float and back, rounding to
+// nearest even as dtype.h does; int8 to any.
 #pragma once
 
 #include "block_sparse/dtype.h"
 #include "cpu/simd.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+
+// As many int8 as a vector has lanes, and floats.
+template <class T>
+struct NarrowOf {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  typedef int32_t Words __attribute__((vector_size(kLanes<T> * 4)));
+  typedef float Floats __attribute__((vector_size(kLanes<T> * 4)));
+};
+
+// The first `count` lanes; the others are zero.
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> widen(const int8_t* from, int64_t count) {
+  typename NarrowOf<T>::Bytes bytes{};
+  if (count == kLanes<T>) {
+    std::memcpy(&bytes, from, sizeof(bytes));
+  } else {
+    std::memcpy(&bytes, from, static_cast<size_t>(count));
+  }
+  // By way of int32: for both steps there is one instruction.
+  return __builtin_convertvector(__builtin_convertvector(bytes, typename NarrowOf<T>::Words),
+                                 Vec<T>);
+}
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> widen(const float* from, int64_t count) {
+  typename NarrowOf<T>::Floats floats{};
+  std::memcpy(&floats, from, static_cast<size_t>(count) * sizeof(float));
+  return __builtin_convertvector(floats, Vec<T>);
+}
 
 // As many sixteen-bit elements as a vector has floats.
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
