@@ -27,6 +27,7 @@ int64_t ctas_of(const ProductDesc& desc) {
 
 Refusal why_not(const ProductDesc& desc) {
   if (desc.packed) return "takes values in canonical order only";
+  if (Refusal refusal = why_not_served(desc)) return refusal;
   constexpr int64_t kMax = 0x7fffffff;
   if (const int64_t ctas = ctas_of(desc); ctas > kMax) {
     return concat("needs ", ctas, " tiles; a grid has at most ", kMax);
@@ -49,7 +50,7 @@ void with_side(int side, const F& f) {
   }
 }
 
-template <class T>
+template <class T, class Value>
 void spmm(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
   const bool forward = desc.product == Product::forward;
   const PatternView& pattern = args.weight.pattern;
@@ -59,6 +60,7 @@ void spmm(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream)
   const SpmmArgs spmm{
       .x = x.data,
       .values = args.weight.values,
+      .scales = args.weight.scales,
       .bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr,
       .y = args.output.data,
       .x_stride = x.row_stride,
@@ -79,7 +81,8 @@ void spmm(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream)
       .token_tiles = ceil_div(desc.tokens, kTokens),
   };
   with_side(side, [&](auto outputs) {
-    spmm_kernel<T, outputs><<<static_cast<unsigned>(ctas_of(desc)), kThreads, 0, stream>>>(spmm);
+    spmm_kernel<T, Value, outputs>
+        <<<static_cast<unsigned>(ctas_of(desc)), kThreads, 0, stream>>>(spmm);
   });
 }
 
@@ -115,8 +118,10 @@ void run(const ProductDesc& desc, const ProductArgs& args, const Execution& exec
     using T = typename decltype(type)::type;
     if (desc.product == Product::grad_weight) {
       sddmm<T>(desc, args, stream_of(execution.stream));
+    } else if (desc.int8) {
+      spmm<T, int8_t>(desc, args, stream_of(execution.stream));
     } else {
-      spmm<T>(desc, args, stream_of(execution.stream));
+      spmm<T, T>(desc, args, stream_of(execution.stream));
     }
   });
   check_cuda(cudaGetLastError(), "cuda_tiled");

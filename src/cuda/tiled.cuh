@@ -26,7 +26,8 @@ constexpr int kTokensOfThread = 4;
 struct SpmmArgs {
   const void* x;  // dy, in grad_input
   const void* values;
-  const void* bias;  // or null
+  const float* scales;  // of the outputs, where values are int8
+  const void* bias;     // or null
   void* y;
   int64_t x_stride, y_stride;
   const int32_t* begin;   // [lines + 1]
@@ -37,7 +38,7 @@ struct SpmmArgs {
   int64_t strips, token_tiles;                                      // of a block; of all tokens
 };
 
-template <class T, int kOutputs>
+template <class T, class Value, int kOutputs>
 __global__ void __launch_bounds__(kThreads) spmm_kernel(const __grid_constant__ SpmmArgs args) {
   using Sum = typename Traits<T>::Accumulate;
   constexpr int kRow = kTokens + kTokensOfThread;  // so that a warp's stores meet more banks
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) spmm_kernel(const __grid_constant__ 
       const int o = along_depth ? i / kChunk : i % kOutputs;
       const int64_t output = first_in_block + o;
       const bool inside = w_from[d] >= 0 && output < args.block_outputs;
-      const T* w = static_cast<const T*>(args.values) + output * args.output_stride;
+      const Value* w = static_cast<const Value*>(args.values) + output * args.output_stride;
       w_tile[d][o] = inside ? load<Sum>(w[w_from[d]]) : Sum{0};
     }
     __syncthreads();
@@ -121,11 +122,13 @@ __global__ void __launch_bounds__(kThreads) spmm_kernel(const __grid_constant__ 
     if (in_block >= args.block_outputs || output >= args.outputs) continue;
     const Sum bias =
         args.bias == nullptr ? Sum{0} : load<Sum>(static_cast<const T*>(args.bias)[output]);
+    Sum scale = 1;
+    if constexpr (std::is_same_v<Value, int8_t>) scale = args.scales[output];
 #pragma unroll
     for (int t = 0; t < kTokensOfThread; ++t) {
       const int64_t token = first_token + my_tokens + t;
       if (token >= args.tokens) continue;
-      static_cast<T*>(args.y)[token * args.y_stride + output] = store<T>(sums[t][o] + bias);
+      static_cast<T*>(args.y)[token * args.y_stride + output] = store<T>(scale * sums[t][o] + bias);
     }
   }
 }
