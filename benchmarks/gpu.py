@@ -14,7 +14,11 @@ Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shape
            [--tokens 8192] [--patterns random skewed] [--bsr] [--kernel NAME...]
            [--json FILE] [--plot FILE]
        python benchmarks/gpu.py --graph --tokens 1 2 4 8 16 32 64 --products forward grad_input
+       python benchmarks/gpu.py --graph --tokens 1 8 64 --blocks 32x32 --products int8
        python benchmarks/linear.py --device cuda ... is the same
+
+``int8`` is forward from int8 values, against the dense product in the dtype and, as ``forward_us``,
+against forward from values in it.
 """
 
 import argparse
@@ -34,6 +38,7 @@ from pytorch_block_sparse.pattern import split_index
 
 ops = torch.ops.block_sparse
 PRODUCTS = ["forward", "grad_input", "grad_weight"]
+ON_REQUEST = ["int8"]
 L2_BYTES = 256 << 20  # written before each call: several times any L2
 
 
@@ -94,7 +99,7 @@ def arguments(argv=None):
     )
     parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
+    parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS + ON_REQUEST)
     parser.add_argument("--patterns", nargs="+", default=["random"], choices=list(MASKS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
@@ -153,21 +158,30 @@ def bsr_call(x, values, pattern):
 
 
 def kernel_of(values, product, tokens, pattern):
-    text = ops.explain(values, product, tokens, *pattern.shape, False)
+    if product == "int8":
+        stored = values.to(torch.int8)
+        text = ops.explain(stored, "forward", tokens, *pattern.shape, False, input=values)
+    else:
+        text = ops.explain(values, product, tokens, *pattern.shape, False)
     return re.search(r"(\w+): chosen", text).group(1)
 
 
 def dense_calls(x, dy, weight):
     return {
         "forward": lambda: torch.nn.functional.linear(x, weight),
+        "int8": lambda: torch.nn.functional.linear(x, weight),
         "grad_input": lambda: dy @ weight,
         "grad_weight": lambda: dy.t() @ x,
     }
 
 
-def sparse_calls(x, dy, values, pattern):
+def sparse_calls(x, dy, values, pattern, int8=False):
     index, (out_features, in_features) = pattern.index, pattern.shape
-    return {
+    calls = {}
+    if int8:
+        stored, scales = (50 * values).to(torch.int8), torch.rand(out_features, device="cuda")
+        calls["int8"] = lambda: ops.forward_int8(x, stored, scales, index, None, out_features)
+    return calls | {
         "forward": lambda: ops.forward(x, values, index, None, out_features),
         "grad_input": lambda: ops.grad_input(dy, values, index, in_features),
         "grad_weight": lambda: ops.grad_weight(dy, x, index, *values.shape),
@@ -188,7 +202,8 @@ def measure(args):
             pattern = pattern_of(kind, shape, density, block)
             values = normal(args.dtype, pattern.nnz, *block)
             layers = copies_beyond_l2(values) if args.graph else [values]
-            ours = [sparse_calls(x, dy, values, pattern) for values in layers]
+            int8 = "int8" in args.products
+            ours = [sparse_calls(x, dy, values, pattern, int8) for values in layers]
             for product in args.products:
                 calls = {
                     "dense": [call[product] for call in dense],
@@ -196,6 +211,8 @@ def measure(args):
                 }
                 if args.bsr and product == "forward":
                     calls["bsr"] = [bsr_call(x, values, pattern) for values in layers]
+                if product == "int8":
+                    calls["forward"] = [call["forward"] for call in ours]
                 if args.graph:
                     times = in_turn_as_graphs(calls, args.repeats)
                 else:

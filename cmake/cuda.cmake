@@ -60,6 +60,7 @@ add_library(block_sparse_sm80 OBJECT
   src/cuda/skinny/skinny_bf16.cu
   src/cuda/skinny/skinny_f16.cu
   src/cuda/skinny/skinny_f32.cu
+  src/cuda/skinny/skinny_int8.cu
   src/cuda/sm80/sampled.cu
   src/cuda/sm80/strip.cu
 )

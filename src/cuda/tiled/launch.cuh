@@ -68,6 +68,7 @@ void spmm(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream)
   SpmmArgs spmm{
       .x = x.data,
       .values = args.weight.values,
+      .scales = args.weight.scales,
       .bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr,
       .y = args.output.data,
       .x_stride = x.row_stride,
@@ -88,9 +89,15 @@ void spmm(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream)
   };
   const auto launch_tile = [&](auto transposed, auto wide, auto outputs, auto tokens) {
     spmm.token_tiles = ceil_div(desc.tokens, kTileTokens<tokens>);
-    launch_kernel(spmm_kernel<T, transposed, wide, outputs, tokens>,
-                  lines * spmm.strips * spmm.token_tiles, kSpmmBytes<outputs, tokens>, spmm,
-                  stream);
+    const auto launch_for = [&]<class Value>() {
+      launch_kernel(spmm_kernel<T, Value, transposed, wide, outputs, tokens>,
+                    lines * spmm.strips * spmm.token_tiles, kSpmmBytes<outputs, tokens>, spmm,
+                    stream);
+    };
+    if constexpr (!transposed) {
+      if (desc.int8) return launch_for.template operator()<int8_t>();
+    }
+    launch_for.template operator()<T>();
   };
   with_bool(!forward, [&](auto transposed) {
     with_bool(is_wide<T>(desc), [&](auto wide) {

@@ -10,7 +10,8 @@ namespace block_sparse::cuda::tiles {
 struct SpmmArgs {
   const void* x;  // dy, in grad_input
   const void* values;
-  const void* bias;  // or null
+  const float* scales;  // of the outputs, where values are int8
+  const void* bias;     // or null
   void* y;
   int64_t x_stride, y_stride;
   const int32_t* begin;   // [lines + 1]
@@ -35,8 +36,11 @@ constexpr int kTileTokens = kTokensOfThread * kTokenLanes * (kThreads / kWarp);
 template <int kOutputs, int kTokensOfThread>
 constexpr int kSpmmBytes = 2 * (kTileTokens<kTokensOfThread> + kOutputs) * kRowBytes;
 
-template <class T, bool kTransposed, bool kWide, int kOutputs, int kTokensOfThread>
+// Value: T, or int8_t, which is widened to T on its way to shared memory.
+template <class T, class Value, bool kTransposed, bool kWide, int kOutputs, int kTokensOfThread>
 class SpmmTile {
+  static constexpr bool kScaled = std::is_same_v<Value, int8_t>;
+  static_assert(!(kScaled && kTransposed), "int8 values are for forward");
   using Sum = typename Traits<T>::Accumulate;
   static constexpr int kOfUnit = kUnit<T, kWide>, kBytes = kOfUnit * sizeof(T);
   static constexpr int kTokens = kTileTokens<kTokensOfThread>;
@@ -101,7 +105,7 @@ class SpmmTile {
       copy<kBytes>(x_to + place_of_x(row, at), x + token * args_.x_stride,
                    place.inside && token < args_.tokens);
     }
-    const T* values = static_cast<const T*>(args_.values);
+    const Value* values = static_cast<const Value*>(args_.values);
     const int64_t outputs = args_.block_outputs - first_in_block_;
     if constexpr (kTransposed) {
       // As in memory: rows of outputs.
@@ -114,8 +118,17 @@ class SpmmTile {
       }
     } else {
       for (int row = first_row; row < kOutputs; row += kStep) {
-        copy<kBytes>(w_to + place_of_w(row, at), values + place.values + row * args_.pitch,
-                     place.inside && row < outputs);
+        const Value* from = values + place.values + row * args_.pitch;
+        const bool inside = place.inside && row < outputs;
+        if constexpr (kScaled) {
+#pragma unroll
+          for (int i = 0; i < kOfUnit; ++i) {
+            *reinterpret_cast<T*>(w_to + place_of_w(row, at + i)) =
+                store<T>(inside ? load<Sum>(from[i]) : Sum{0});
+          }
+        } else {
+          copy<kBytes>(w_to + place_of_w(row, at), from, inside);
+        }
       }
     }
   }
@@ -178,9 +191,10 @@ class SpmmTile {
     const int64_t in_block = first_in_block_ + my_outputs_, first = first_output_ + my_outputs_;
     const auto left = static_cast<int>(
         clamp(min(args_.block_outputs - in_block, args_.outputs - first), kOutputsOfThread));
-    Sum bias[kOutputsOfThread] = {};
-    if (args_.bias != nullptr) {
-      for (int o = 0; o < left; ++o) {
+    Sum bias[kOutputsOfThread] = {}, scale[kOutputsOfThread] = {};
+    for (int o = 0; o < left; ++o) {
+      if constexpr (kScaled) scale[o] = load<Sum>(args_.scales[first + o]);
+      if (args_.bias != nullptr) {
         bias[o] = load<Sum>(static_cast<const T*>(args_.bias)[first + o]);
       }
     }
@@ -198,7 +212,8 @@ class SpmmTile {
         Some some;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          some.elements[i] = store<T>(sums_[t][o + i] + bias[o + i]);
+          const Sum sum = kScaled ? scale[o + i] * sums_[t][o + i] : sums_[t][o + i];
+          some.elements[i] = store<T>(sum + bias[o + i]);
         }
         if (o < left) *reinterpret_cast<Some*>(to + o) = some;
       }
@@ -215,10 +230,10 @@ class SpmmTile {
   Sum sums_[kTokensOfThread][kOutputsOfThread] = {};
 };
 
-template <class T, bool kTransposed, bool kWide, int kOutputs, int kTokensOfThread>
+template <class T, class Value, bool kTransposed, bool kWide, int kOutputs, int kTokensOfThread>
 __global__ void __launch_bounds__(kThreads, 2) spmm_kernel(const __grid_constant__ SpmmArgs args) {
   extern __shared__ __align__(128) char shared[];
-  SpmmTile<T, kTransposed, kWide, kOutputs, kTokensOfThread>(args, shared).run();
+  SpmmTile<T, Value, kTransposed, kWide, kOutputs, kTokensOfThread>(args, shared).run();
 }
 
 }  // namespace block_sparse::cuda::tiles

@@ -23,6 +23,7 @@ int64_t most_ctas(const ProductDesc& desc) {
 
 Refusal why_not(const ProductDesc& desc) {
   if (desc.packed) return "takes values in canonical order only";
+  if (Refusal refusal = why_not_served(desc)) return refusal;
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   if (const int64_t ctas = most_ctas(desc); ctas > kMax) {
     return concat("needs ", ctas, " tiles; a grid has at most ", kMax);
