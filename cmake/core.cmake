@@ -10,6 +10,6 @@ add_library(block_sparse_core STATIC
   src/packed.cpp
   src/reference.cpp
 )
-target_link_libraries(block_sparse_core PUBLIC block_sparse_flags)
+target_link_libraries(block_sparse_core PUBLIC $<BUILD_INTERFACE:block_sparse_flags>)
 
 include(cmake/cpu_levels.cmake)

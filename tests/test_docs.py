@@ -1,6 +1,6 @@
 """The pages of docs/: their Python runs as printed, and what they list is what there is.
 
-README.md, pattern-optimisation.md, huggingface.md and distributed.md have tests of their own.
+README.md and the pages of TESTED_ELSEWHERE have tests of their own.
 """
 
 import re
@@ -15,7 +15,7 @@ from pytorch_block_sparse.testing import kernel_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-TESTED_ELSEWHERE = {"pattern-optimisation.md", "huggingface.md", "distributed.md"}
+TESTED_ELSEWHERE = {"pattern-optimisation.md", "huggingface.md", "distributed.md", "serving.md"}
 WITH_PYTHON = sorted(
     page.name
     for page in DOCS.glob("*.md")
