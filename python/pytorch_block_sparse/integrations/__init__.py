@@ -7,6 +7,7 @@ before or after, and imports none of them. The names here are imported when they
 import sys
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +65,16 @@ def record_layers(model: nn.Module) -> None:
 def register() -> None:
     """Tells transformers and PEFT about block-sparse layers, as soon as each of them is there."""
     # Not transformers.quantizers, which it imports itself: here all of it can be imported.
-    after_import("transformers.modeling_utils", _register_quantizer)
+    after_import("transformers.modeling_utils", _register_transformers)
     after_import("peft.tuners.lora.config", _register_lora)
 
 
-def _register_quantizer(_: ModuleType) -> None:
+def _register_transformers(modeling: ModuleType) -> None:
+    _register_quantizer()
+    _register_card(modeling.PreTrainedModel)
+
+
+def _register_quantizer() -> None:
     from transformers.quantizers import auto
 
     from .config import METHOD, BlockSparseConfig
@@ -81,6 +87,26 @@ def _register_quantizer(_: ModuleType) -> None:
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BlockSparseConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer  # type: ignore[assignment]
+
+
+def _register_card(model_class: Any) -> None:
+    # All ways to push go through here; the folder has its card by now.
+    plain = model_class._upload_modified_files
+
+    @wraps(plain)
+    def _upload_modified_files(
+        self: Any, working_dir: Any, repo_id: str, *args: Any, **options: Any
+    ) -> Any:
+        from .config import METHOD, method_of
+
+        card = Path(working_dir) / "README.md"
+        if method_of(self.config) == METHOD and card.is_file():
+            from .card import name_the_import
+
+            name_the_import(self, card, repo_id)
+        return plain(self, working_dir, repo_id, *args, **options)
+
+    model_class._upload_modified_files = _upload_modified_files
 
 
 def _register_lora(config: ModuleType) -> None:

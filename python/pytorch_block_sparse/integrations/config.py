@@ -97,7 +97,7 @@ def write_config(model: nn.Module) -> None:
             for name, layer in module.named_modules(remove_duplicate=False)
             if isinstance(layer, (PatternModule, PrepackedLinear))
         }
-        method = _method(module.config)
+        method = method_of(module.config)
         if layers and method not in (None, METHOD):
             warnings.warn(
                 f"model: is quantized by {method!r} already, and a checkpoint has one method only: "
@@ -111,7 +111,8 @@ def write_config(model: nn.Module) -> None:
             del module.config.quantization_config
 
 
-def _method(config: Any) -> str | None:
+def method_of(config: Any) -> str | None:
+    """The quantization method that a config names: ours, another or none."""
     content = getattr(config, "quantization_config", None) or {}
     if isinstance(content, dict):
         return content.get("quant_method")
