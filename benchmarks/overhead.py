@@ -97,13 +97,12 @@ def on_cpu():
     return kept
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    device = parser.parse_args().device
+def main(device="cpu"):
     torch.set_num_threads(1)
     return 0 if all(on_cpu() if device == "cpu" else on_gpu()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    sys.exit(main(parser.parse_args().device))
