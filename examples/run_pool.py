@@ -24,8 +24,7 @@ class Outcome(NamedTuple):
 def _work(make: Callable[[str], Callable[[Any], Any]], device: str, pipe: Any) -> None:
     """A worker: makes its function, and calls it with one task after the other."""
     function = make(device)
-    while True:
-        task = pipe.recv()
+    while (task := pipe.recv()) is not None:
         try:
             pipe.send((function(task), None))
         except Exception:
@@ -50,6 +49,13 @@ class _Worker:
         self.task, self.since = task, time.monotonic()
         with contextlib.suppress(OSError):
             self.pipe.send(task)
+
+    def stop(self) -> None:
+        """Ends the process, and with it what it is busy with."""
+        if self.task is None:
+            self.give(None)
+            self.process.join(5)
+        self.process.terminate()
 
     def outcome(self) -> Outcome:
         """Of the task that it was given; waits for it."""
@@ -108,4 +114,4 @@ def run_pool(
                 yield outcome
     finally:
         for worker in workers:
-            worker.process.terminate()
+            worker.stop()
