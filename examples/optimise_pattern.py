@@ -81,12 +81,14 @@ LINEAR_LAYERS = r"model\.layers\.\d+\..*_proj"
 def dense_model(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     """A freshly initialised decoder."""
     torch.manual_seed(seed)
+    heads = max(1, args.hidden // 32)
+    heads = next(count for count in range(heads, 0, -1) if args.hidden % count == 0)
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 32),
+        num_attention_heads=heads,
         head_dim=32,
         max_position_embeddings=args.length,
         tie_word_embeddings=True,
