@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .choose import lowest, random_sample
+from . import scores
+from .choose import lowest, random_sample, without_nan
 from .schedule import Cosine, Every, Schedule, share_of
-from .sparsifier import SCORES, SparseLayer, Sparsifier
+from .sparsifier import SparseLayer, Sparsifier
 
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
 
@@ -32,8 +33,7 @@ class BlockSET(Sparsifier):
             (or a quarter of `end`, if that is less): a new block that has learnt little is the next
             one to go, and the layer never has all its blocks at work.
         end: last step with an update; by default 0.75 T.
-        score: of which the lowest blocks go: a norm, "l1", "l2" or "max"; or "saliency", the sum of
-            W^2 times Adam's second moment.
+        score: "l1", "l2" or "max": the norm of which the lowest blocks go.
         new_values: called with (layer, k), returns the values of k new blocks,
             ``[k, block_out, block_in]``; by default zero.
         second_moment: what new blocks find in Adam's exp_avg_sq (RMSprop's square_avg). "zero", as
@@ -75,13 +75,13 @@ class BlockSET(Sparsifier):
     ) -> None:
         end = share_of(total_steps, 0.75, end)
         every = self._default_interval(end) if every is None else every
-        if score not in SCORES:
-            raise ValueError(f"score: must be one of {list(SCORES)}, got {score!r}")
+        if score not in scores.FROM_WEIGHTS:
+            raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
         if second_moment not in ("zero", "mean"):
             raise ValueError(f"second_moment: must be 'zero' or 'mean', got {second_moment!r}")
         self.second_moment = second_moment
         self.drop = drop if callable(drop) else Cosine(drop, end)
-        self.score = score
+        self.score = scores.FROM_WEIGHTS[score]
         self.new_values = new_values
         super().__init__(
             model,
@@ -102,9 +102,9 @@ class BlockSET(Sparsifier):
     def _update_layer(self, layer: SparseLayer) -> int:
         count = self._count(layer, self.steps)
         ids = self._grow(layer, count)
-        worth = self._scores(layer, self.score)
+        norms = without_nan(self.score(layer.module.values), layer.name)
         new_values = None if self.new_values is None else self.new_values(layer, len(ids))
-        change = self._replace(layer, lowest(worth, len(ids)), ids, new_values)
+        change = self._replace(layer, lowest(norms, len(ids)), ids, new_values)
         if self.second_moment == "mean":
             self._fill_second_moment(layer, change.fresh)
         return len(ids)

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from .._progress import progress
+from . import scores
+from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
 from .schedule import Cubic, Every, share_of
-from .sparsifier import SCORES, Sparsifier
+from .sparsifier import Sparsifier
 
 
 class GradualMagnitude(Sparsifier):
@@ -67,7 +69,6 @@ class GradualMagnitude(Sparsifier):
         updates: int = 40,
         compactions: int = 6,
         distribution: str = "uniform",
-        score: str = "l1",
         seed: int = 0,
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
@@ -84,13 +85,10 @@ class GradualMagnitude(Sparsifier):
         super().__init__(
             model, optimizer, schedule, seed=seed, only=only, process_group=process_group
         )
-        if score not in SCORES:
-            raise ValueError(f"score: must be one of {list(SCORES)}, got {score!r}")
         if compactions:
             self._refuse_compaction_under_ddp()
         self.distribution = distribution
         self.compactions = compactions
-        self.score = score
         grids = {layer.name: layer.module.pattern.grid for layer in self.layers}
         self._final = layer_counts(grids, density, distribution)
         for layer in self.layers:
@@ -112,9 +110,10 @@ class GradualMagnitude(Sparsifier):
         before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
         norms = {}
         for layer in self.layers:
-            size = layer.module.values[0].numel()
-            worth = self._scores(layer, self.score) / size
-            norms[layer.name] = worth.masked_fill(~layer.alive, -torch.inf)
+            values = layer.module.values
+            norm = scores.l1(values) / values[0].numel()
+            norm = without_nan(norm, layer.name).masked_fill(~layer.alive, -torch.inf)
+            norms[layer.name] = norm
         counts = {
             layer.name: round(
                 self._final[layer.name]

@@ -36,14 +36,6 @@ def fisher(values: Tensor, gradient: Tensor) -> Tensor:
     return (_wide(values) * _wide(gradient)).square().sum(dim=(1, 2))
 
 
-def saliency(values: Tensor, second_moment: Tensor) -> Tensor:
-    """Sum of W^2 E[G^2]: how much the loss would rise without the block, to second order.
-
-    The curvature is that of the diagonal Fisher information, which Adam keeps as its second moment.
-    """
-    return (_wide(values).square() * second_moment).sum(dim=(1, 2))
-
-
 def activation(values: Tensor, squares: Tensor, cols: Tensor) -> Tensor:
     """Sum of W^2 E[x^2]: Wanda (arXiv 2306.11695) squared and summed over the block.
 

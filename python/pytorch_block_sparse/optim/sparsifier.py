@@ -1,7 +1,7 @@
 """Sparsifier: what all methods share. It counts the optimizer's steps and acts when one is due.
 
 A method is a subclass in a file of its own. It says when (a schedule), and what is done to one
-layer or to all of them (:meth:`Sparsifier._update`). This file makes no choice.
+layer or to all of them (:meth:`Sparsifier._update`). This file knows no scores.
 
 The order in a training step, which every method keeps::
 
@@ -27,20 +27,10 @@ from torch import Tensor, nn
 
 from .._sharded import refuse_sharded
 from ..linear import BlockSparseLinear
-from . import scores
-from .choose import generator, without_nan
+from .choose import generator
 from .schedule import Every
-from .update import (
-    Change,
-    absent_ids,
-    block_state,
-    compact_,
-    holds,
-    replace_blocks_,
-    second_moment,
-)
+from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
 
-SCORES = (*scores.FROM_WEIGHTS, "saliency")
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _CALLS_BEFORE_WARNING = 100
 
@@ -299,15 +289,6 @@ class Sparsifier:
         """Randomness of this layer and step; `purpose` tells several draws apart."""
         step = self.steps if step is None else step
         return generator(self.seed, f"{layer.name}.values:{purpose}", step)
-
-    def _scores(self, layer: SparseLayer, name: str) -> Tensor:
-        """``[nnz]``: what each block is worth by the score of that name; NaN is minus infinity."""
-        values = layer.module.values
-        if name == "saliency":
-            score = scores.saliency(values, second_moment(self.optimizer, values))
-        else:
-            score = scores.FROM_WEIGHTS[name](values)
-        return without_nan(score, layer.name)
 
     def _absent(self, layer: SparseLayer) -> Tensor:
         """int64, ascending: ids of the blocks that the layer does not have."""

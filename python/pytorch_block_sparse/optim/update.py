@@ -248,18 +248,6 @@ def block_state(optimizer: torch.optim.Optimizer | None, values: Tensor) -> list
     return tensors
 
 
-def second_moment(optimizer: torch.optim.Optimizer | None, values: Tensor) -> Tensor:
-    """The running mean of the squared gradient that Adam (or RMSprop) keeps of `values`."""
-    state = {} if optimizer is None else optimizer.state.get(values, {})
-    for name in ("exp_avg_sq", "square_avg"):
-        if name in state:
-            return state[name]
-    raise TypeError(
-        "optimizer: the score 'saliency' needs the mean of squared gradients that Adam, AdamW and "
-        f"RMSprop keep, {type(optimizer).__name__} has none"
-    )
-
-
 # --- checks ---------------------------------------------------------------------------------------
 
 
