@@ -60,11 +60,12 @@ LONG = {
     "vocab_size": 2048,
     "length": 128,
     "batch_size": 32,
-    "steps": 2500,
-    "learning_rate": 1e-3,
-    "sparse_learning_rate": 2e-3,
+    "steps": 1600,
+    "learning_rate": 2e-3,
+    "sparse_learning_rate": 4e-3,
     "densities": [0.25, 0.1, 0.5],
     "blocks": [32, 16],
+    "packages": ["torch"],  # else the text is read several times, and the loss is of overfitting
 }
 QUICK = {"steps": 20, "seeds": [0]}
 
@@ -160,16 +161,6 @@ def make_sparsifier(
 ) -> Sparsifier | None:
     """The method at its defaults, but for Adam's second moment (see BlockSET), or with options."""
     common = (model, optimizer, args.steps)
-    if "new_std" in args.options:  # new blocks as wide as this share of the others
-        share = args.options["new_std"]
-        options = {name: value for name, value in args.options.items() if name != "new_std"}
-        args = argparse.Namespace(**{**vars(args), "options": {**options, "new_values": None}})
-
-        def new_values(layer: Any, count: int) -> torch.Tensor:
-            values = layer.module.values
-            return torch.randn_like(values[:1].expand(count, -1, -1)) * (share * values.std())
-
-        args.options["new_values"] = new_values
     if args.method in ("SET", "RigL"):
         method = BlockSET if args.method == "SET" else BlockRigL
         return method(*common, **{"seed": args.seed, "second_moment": "mean", **args.options})
@@ -187,9 +178,9 @@ def make_sparsifier(
 
 def prepare_data(args: argparse.Namespace) -> Path:
     """Writes the token rows, to train on and held out, once for all workers."""
-    path = args.out / f"data_{args.vocab_size}x{args.length}.pt"
+    path = args.out / f"data_{'_'.join([*args.packages, str(args.vocab_size)])}x{args.length}.pt"
     if not path.exists():
-        texts, held_out_texts = corpus.split(corpus.source_files())
+        texts, held_out_texts = corpus.split(corpus.source_files(args.packages))
         tokenizer = corpus.train_tokenizer(texts, args.vocab_size)
         rows = corpus.sequences(tokenizer, texts, args.length)
         held_out = corpus.sequences(tokenizer, held_out_texts, args.length)
@@ -209,6 +200,14 @@ def held_out_loss(model: nn.Module, held_out: torch.Tensor) -> float:
     """Mean loss over the held-out rows."""
     model.eval()
     return float(torch.stack([model(ids, labels=ids).loss for ids in held_out.split(64)]).mean())
+
+
+def order(rows: int, args: argparse.Namespace) -> torch.Tensor:
+    """``[steps, batch_size]``, rows to train on: none comes twice before all came once."""
+    generator = torch.Generator().manual_seed(args.seed)
+    wanted = args.steps * args.batch_size
+    passes = [torch.randperm(rows, generator=generator) for _ in range(-(-wanted // rows))]
+    return torch.cat(passes)[:wanted].view(args.steps, args.batch_size)
 
 
 def patterns(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -238,10 +237,9 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
         optimizer,
         lambda step: min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1)),
     )
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = (args.steps, args.batch_size)
-    picked = torch.randint(len(data["rows"]), shape, generator=generator).to(device)
+    picked = order(len(data["rows"]), args).to(device)
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    last = max(1, args.steps // 10)
     last_losses = torch.zeros((), device=device)
     pattern_seconds, start = 0.0, time.perf_counter()
     for step in range(args.steps):
@@ -265,7 +263,7 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
             pattern_seconds += time.perf_counter() - before
         optimizer.zero_grad()
         schedule.step()
-        if step >= 0.9 * args.steps:
+        if step >= args.steps - last:
             last_losses += loss.detach()
     wait()
     seconds = time.perf_counter() - start
@@ -278,7 +276,7 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
     return {
         **run,
         "loss": loss,
-        "train_loss": float(last_losses) / (args.steps - -(-9 * args.steps // 10)),
+        "train_loss": float(last_losses) / last,
         "parameters": count(model),
         "seconds": seconds,
         "pattern_share": pattern_seconds / seconds,
@@ -518,6 +516,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=64, help="hidden size")
     parser.add_argument("--layers", type=int, default=2, help="encoder layers")
     parser.add_argument("--vocab-size", type=int, default=512, help="size of the vocabulary")
+    parser.add_argument("--packages", nargs="*", default=[], help="whose sources are read too")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
     parser.add_argument("--steps", type=int, default=2400, help="training steps")
