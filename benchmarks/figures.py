@@ -61,12 +61,20 @@ def section(path):
 
 def speedups(results, key, columns):
     """Rows for each block and product, with a column for each value of `key`."""
-    yield "| block | product | " + " | ".join(f"{key} {value:g}" for value in columns) + " |"
+    heads = [value if isinstance(value, str) else f"{key} {value:g}" for value in columns]
+    yield "| block | product | " + " | ".join(heads) + " |"
     yield "|---|---|" + "---:|" * len(columns)
     cells = {(tuple(row["block"]), row["product"], row[key]): row["speedup"] for row in results}
     for block, product in dict.fromkeys((tuple(row["block"]), row["product"]) for row in results):
         line = " | ".join(f"{cells[block, product, value]:.2f}x" for value in columns)
         yield f"| {block[0]}x{block[1]} | {product} | {line} |"
+
+
+def measured_on(about):
+    """On what, when, and the command that repeats it."""
+    yield f"({about['gpu']}, torch {about['torch']}, {about['date']};"
+    yield f"`{about['command']}`)."
+    yield ""
 
 
 def gpu_section(path):
@@ -92,10 +100,72 @@ def few_tokens_section(path):
     yield f"**{about['dtype']} on a GPU, few tokens** against cuBLAS with a full weight, a CUDA"
     yield f"graph of layers whose weights L2 cannot hold, density {first['density']:g}, out"
     yield f"{first['out']}, in {first['in']}"
-    yield f"({about['gpu']}, torch {about['torch']}, {about['date']};"
+    yield from measured_on(about)
+    yield from speedups(results, "tokens", tokens)
+    yield ""
+
+
+def patterns_section(path):
+    """Speed-up over cuBLAS of each product, by block size and kind of pattern."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    kinds = list(dict.fromkeys(row["pattern"] for row in results))
+    density = results[0]["density"]
+    yield f"**Kinds of pattern**, {about['dtype']} on a GPU, density {density:g}, as above"
+    yield from measured_on(about)
+    yield from speedups(results, "pattern", kinds)
+    yield ""
+
+
+def ampere_section(path):
+    """Speed-up over cuBLAS of the kernels for other GPUs."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    yield f"**The kernels for other GPUs**, forced on this one ({about['gpu']}, torch"
+    yield f"{about['torch']}, {about['date']};"
     yield f"`{about['command']}`)."
     yield ""
-    yield from speedups(results, "tokens", tokens)
+    yield from speedups(results, "density", sorted({row["density"] for row in results}))
+    yield ""
+
+
+def decoder_section(path):
+    """A whole model: milliseconds, speed-up and what Amdahl's law allows."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    sizes = f"{about['layers']} layers of {about['hidden']} and {about['intermediate']}"
+    yield f"**A whole decoder** (Llama-like, {sizes}, {about['batch']} x {about['length']} tokens,"
+    yield f"bfloat16), its MLPs at density {about['density']:g}. Training is forward, backward and"
+    yield "AdamW; the bound is Amdahl's for the products alone, and AdamW saves time too"
+    yield from measured_on(about)
+    yield "| mode | pass | block | dense | ours | speed-up | bound |"
+    yield "|---|---|---|---:|---:|---:|---:|"
+    for row in results:
+        yield (
+            f"| {row['mode']} | {row['what']} | {row['block'][0]}x{row['block'][1]} | "
+            f"{row['dense_ms']:.1f} ms | {row['ours_ms']:.1f} ms | {row['speedup']:.2f}x | "
+            f"{row['bound']:.2f}x |"
+        )
+    yield ""
+
+
+def distributed_section(path):
+    """Tokens per second of each way to train on several GPUs."""
+    data = json.loads(path.read_text())
+    about, results = data["about"], data["results"]
+    yield f"**{about['ranks']} GPUs** ({about['device']}, torch {about['torch']}):"
+    yield f"{about['layers']} residual MLPs of {about['width']} and {about['hidden']},"
+    yield f"{about['tokens']} tokens a step in all, {about['dtype']}, density {about['density']:g},"
+    yield f"blocks {about['block']}x{about['block']}"
+    yield f"(`torchrun --nproc-per-node {about['ranks']} benchmarks/distributed.py`)."
+    yield ""
+    yield "| layers | way | a step | tokens a second | against one process |"
+    yield "|---|---|---:|---:|---:|"
+    for row in results:
+        yield (
+            f"| {row['kind']} | {row['way']} | {row['milliseconds']:.1f} ms | "
+            f"{row['tokens_per_second']:,} | {row['against_one']:.2f}x |"
+        )
     yield ""
 
 
@@ -131,7 +201,11 @@ SPEEDUP = [
 SECTIONS = {
     "cpu": section,
     "gpu": gpu_section,
+    "patterns": patterns_section,
     "few_tokens": few_tokens_section,
+    "decoder": decoder_section,
+    "sm80": ampere_section,
+    "distributed": distributed_section,
     "bars": bars_section,
 }
 

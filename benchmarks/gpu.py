@@ -7,10 +7,18 @@ before each; medians. The dense call is the same product with a full weight: ``F
 With ``--graph``, as in decoding: a CUDA graph of many calls, each with weights of its own, which
 are together several times as large as L2; the time of one call. Nothing is emptied then.
 
+Patterns of equal nnz: ``random``; ``skewed``, block rows by a power law, the largest full or of 16
+times as many blocks as the mean; ``banded``.
+
 Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
-           [--tokens 8192] [--bsr] [--kernel NAME...] [--json FILE] [--plot FILE]
+           [--tokens 8192] [--patterns random skewed] [--bsr] [--kernel NAME...]
+           [--json FILE] [--plot FILE]
        python benchmarks/gpu.py --graph --tokens 1 2 4 8 16 32 64 --products forward grad_input
+       python benchmarks/gpu.py --graph --tokens 1 8 64 --blocks 32x32 --products int8
        python benchmarks/linear.py --device cuda ... is the same
+
+``int8`` is forward from int8 values, against the dense product in the dtype and, as ``forward_us``,
+against forward from values in it.
 """
 
 import argparse
@@ -30,7 +38,51 @@ from pytorch_block_sparse.pattern import split_index
 
 ops = torch.ops.block_sparse
 PRODUCTS = ["forward", "grad_input", "grad_weight"]
+ON_REQUEST = ["int8"]
 L2_BYTES = 256 << 20  # written before each call: several times any L2
+
+
+def banded(rows, cols, nnz):
+    """Those nearest to the diagonal."""
+    row, col = torch.arange(rows).view(-1, 1), torch.arange(cols).view(1, -1)
+    distance = ((row + 0.5) / rows - (col + 0.5) / cols).abs()
+    return nearest(distance, nnz)
+
+
+def skewed(rows, cols, nnz):
+    """Rows by a power law, in random order, with random columns."""
+    low, high = 0.0, 4.0  # the exponent at which the largest row has 16 times the mean
+    for _ in range(40):
+        shares = torch.arange(1.0, rows + 1) ** -((low + high) / 2)
+        counts = shares / shares.sum() * nnz
+        low, high = (
+            (low, (low + high) / 2) if counts[0] > 16 * nnz / rows else ((low + high) / 2, high)
+        )
+    full = torch.zeros(rows)
+    for _ in range(40):  # what full rows cannot take goes to the others
+        full = (full + counts * (nnz - full.sum()) / counts.sum()).clamp(max=cols)
+    # Of a row with n blocks, the n smallest of random numbers: the rank, moved by less than one.
+    order = torch.rand(rows, cols).argsort(1).argsort(1)
+    return nearest(order - full[torch.randperm(rows)].view(-1, 1), nnz)
+
+
+def nearest(distance, nnz):
+    """A mask of the nnz smallest."""
+    mask = torch.zeros(distance.numel(), dtype=torch.bool)
+    mask[distance.flatten().argsort()[:nnz]] = True
+    return mask.view_as(distance)
+
+
+MASKS = {"random": None, "skewed": skewed, "banded": banded}
+
+
+def pattern_of(kind, shape, density, block):
+    """On the GPU."""
+    pattern = Pattern.random(shape, density, block)
+    if kind != "random":
+        mask = MASKS[kind](*pattern.grid, pattern.nnz)
+        pattern = Pattern.from_mask(mask, block, shape)
+    return pattern.to("cuda")
 
 
 def pair(text):
@@ -47,7 +99,8 @@ def arguments(argv=None):
     )
     parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.25, 0.1])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
+    parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS + ON_REQUEST)
+    parser.add_argument("--patterns", nargs="+", default=["random"], choices=list(MASKS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
     parser.add_argument("--graph", action="store_true", help="time calls in a CUDA graph")
@@ -105,21 +158,30 @@ def bsr_call(x, values, pattern):
 
 
 def kernel_of(values, product, tokens, pattern):
-    text = ops.explain(values, product, tokens, *pattern.shape, False)
+    if product == "int8":
+        stored = values.to(torch.int8)
+        text = ops.explain(stored, "forward", tokens, *pattern.shape, False, input=values)
+    else:
+        text = ops.explain(values, product, tokens, *pattern.shape, False)
     return re.search(r"(\w+): chosen", text).group(1)
 
 
 def dense_calls(x, dy, weight):
     return {
         "forward": lambda: torch.nn.functional.linear(x, weight),
+        "int8": lambda: torch.nn.functional.linear(x, weight),
         "grad_input": lambda: dy @ weight,
         "grad_weight": lambda: dy.t() @ x,
     }
 
 
-def sparse_calls(x, dy, values, pattern):
+def sparse_calls(x, dy, values, pattern, int8=False):
     index, (out_features, in_features) = pattern.index, pattern.shape
-    return {
+    calls = {}
+    if int8:
+        stored, scales = (50 * values).to(torch.int8), torch.rand(out_features, device="cuda")
+        calls["int8"] = lambda: ops.forward_int8(x, stored, scales, index, None, out_features)
+    return calls | {
         "forward": lambda: ops.forward(x, values, index, None, out_features),
         "grad_input": lambda: ops.grad_input(dy, values, index, in_features),
         "grad_weight": lambda: ops.grad_weight(dy, x, index, *values.shape),
@@ -136,11 +198,12 @@ def measure(args):
         weight = normal(args.dtype, *shape)
         weights = copies_beyond_l2(weight) if args.graph else [weight]
         dense = [dense_calls(x, dy, weight) for weight in weights]
-        for block, density in itertools.product(args.blocks, args.density):
-            pattern = Pattern.random(shape, density, block, device="cuda")
+        for block, density, kind in itertools.product(args.blocks, args.density, args.patterns):
+            pattern = pattern_of(kind, shape, density, block)
             values = normal(args.dtype, pattern.nnz, *block)
             layers = copies_beyond_l2(values) if args.graph else [values]
-            ours = [sparse_calls(x, dy, values, pattern) for values in layers]
+            int8 = "int8" in args.products
+            ours = [sparse_calls(x, dy, values, pattern, int8) for values in layers]
             for product in args.products:
                 calls = {
                     "dense": [call[product] for call in dense],
@@ -148,6 +211,8 @@ def measure(args):
                 }
                 if args.bsr and product == "forward":
                     calls["bsr"] = [bsr_call(x, values, pattern) for values in layers]
+                if product == "int8":
+                    calls["forward"] = [call["forward"] for call in ours]
                 if args.graph:
                     times = in_turn_as_graphs(calls, args.repeats)
                 else:
@@ -159,6 +224,7 @@ def measure(args):
                     "tokens": tokens,
                     "block": block,
                     "density": density,
+                    "pattern": kind,
                     "product": product,
                     "kernel": kernel_of(values, product, tokens, pattern),
                     **{f"{name}_us": time for name, time in times.items()},
@@ -215,8 +281,8 @@ def main(argv=None):
         print(
             f"{row['out']:5}x{row['in']:<5} tokens {row['tokens']:<5} "
             f"block {row['block'][0]:3}x{row['block'][1]:<3} density {row['density']:<5} "
-            f"{row['product']:11} dense {row['dense_us']:7.1f} us, ours {row['ours_us']:7.1f} us "
-            f"= {row['speedup']:5.2f}x {row['kernel']}{bsr}",
+            f"{row['pattern']:7} {row['product']:11} dense {row['dense_us']:7.1f} us, "
+            f"ours {row['ours_us']:7.1f} us = {row['speedup']:5.2f}x {row['kernel']}{bsr}",
             flush=True,
         )
     about = {

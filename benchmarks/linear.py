@@ -11,9 +11,14 @@ With ``--device cuda`` it is gpu.py, which has options of its own.
 
 Usage: python benchmarks/linear.py --device cpu [--dtype bfloat16] [--block 16x16] [--threads 2]
            [--json FILE] [--plot FILE]
+       python benchmarks/linear.py --products int8 --tokens 1 2 4 8 16
+
+``int8`` is forward from int8 values, against the dense product in the dtype and against forward
+from values in it.
 """
 
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -98,8 +103,10 @@ def training_step(layer, x, dy):
 
 def sparse_calls(args, x, dy, values, index, out_features):
     packed = ops.pack(values)
+    stored, scales = (50 * values).to(torch.int8), torch.rand(out_features)
     calls = {
         "forward": lambda: ops.forward(x, values, index, None, out_features),
+        "int8": lambda: ops.forward_int8(x, stored, scales, index, None, out_features),
         "prepacked": lambda: ops.forward_packed(x, packed, index, None, out_features, *args.block),
         "grad_input": lambda: ops.grad_input(dy, values, index, x.shape[1]),
         "grad_weight": lambda: ops.grad_weight(dy, x, index, *values.shape),
@@ -147,11 +154,14 @@ def measure(args):
                 index = ops.index_random(rows, cols, nnz, 1, False)
                 values = torch.randn(nnz, *args.block).to(dtype)
                 sparse = sparse_calls(args, x, dy, values, index, out_features)
+                live = functools.partial(ops.forward, x, values, index, None, out_features)
                 if args.sparse_bsr:
                     bsr = sparse_bsr_call(x, values, index, out_features)
                     sparse |= {"sparse_bsr": bsr} if bsr is not None else {}
                 for product, call in sparse.items():
                     calls = {"dense": dense[best], "ours": call}
+                    if product == "int8":
+                        calls["forward"] = live
                     if product == "step":
                         calls["nn.Linear"] = training_step(linear, x, dy)
                     times = in_turn(args, calls)

@@ -6,9 +6,13 @@ most 40 us more in forward + backward. Speed: 3072 x 768 at density 0.25 on 512 
 both in turn, in CPU time of the process, which a busy machine disturbs little. The exit status is
 1 if a bar is missed.
 
-Usage: python benchmarks/overhead.py
+On a GPU only the host's cost is looked at, in bfloat16: at most 15 us more than ``nn.Linear`` in
+inference mode, at most 80 us more in forward + backward.
+
+Usage: python benchmarks/overhead.py [--device cuda]
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -40,12 +44,12 @@ def report(what, ours, dense, figure, kept):
     return kept
 
 
-def layers(in_features, out_features, density, tokens):
+def layers(in_features, out_features, density, tokens, **factory):
     """Calls of a sparse and a dense layer: inference of both, training step of both."""
-    x = torch.randn(tokens, in_features)
-    gradient = torch.ones(tokens, out_features)
-    sparse = BlockSparseLinear(in_features, out_features, density=density)
-    dense = torch.nn.Linear(in_features, out_features)
+    x = torch.randn(tokens, in_features, **factory)
+    gradient = torch.ones(tokens, out_features, **factory)
+    sparse = BlockSparseLinear(in_features, out_features, density=density, **factory)
+    dense = torch.nn.Linear(in_features, out_features, **factory)
 
     def step(layer):
         layer.zero_grad()
@@ -57,8 +61,21 @@ def layers(in_features, out_features, density, tokens):
     )
 
 
-def main():
-    torch.set_num_threads(1)
+def on_gpu():
+    """Whether each bar is kept; a GPU that has to be waited for would count as the host's cost."""
+    inference, step = layers(64, 64, 0.5, 1, device="cuda", dtype=torch.bfloat16)
+    kept = []
+    with torch.inference_mode():
+        times = {"overhead, inference": (*compare(*inference, 200), 15)}
+    times["overhead, forward+backward"] = (*compare(*step, 200), 80)
+    for what, (ours, dense, bar) in times.items():
+        figure = f"+{ours - dense:.1f} us (at most {bar})"
+        kept.append(report(what, ours, dense, figure, ours <= dense + bar))
+    return kept
+
+
+def on_cpu():
+    """Whether each bar is kept."""
     kept = []
 
     inference, step = layers(64, 64, 0.5, 1)
@@ -77,7 +94,15 @@ def main():
     for what, (ours, dense) in times.items():
         figure = f"{dense / ours:.2f}x (at least 1.5x)"
         kept.append(report(what, ours, dense, figure, 1.5 * ours <= dense))
-    return 0 if all(kept) else 1
+    return kept
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    device = parser.parse_args().device
+    torch.set_num_threads(1)
+    return 0 if all(on_cpu() if device == "cpu" else on_gpu()) else 1
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ add_library(block_sparse_cuda STATIC
   src/cuda/sm90/tiles.cu
   src/cuda/sm90/walks.cpp
   src/cuda/reference.cu
-  src/cuda/tiled.cu
+  src/cuda/tiled/tiled.cu
+  src/cuda/tiled/tiled_bf16.cu
+  src/cuda/tiled/tiled_f16.cu
+  src/cuda/tiled/tiled_f32.cu
+  src/cuda/tiled/tiled_f64.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 
@@ -56,6 +60,7 @@ add_library(block_sparse_sm80 OBJECT
   src/cuda/skinny/skinny_bf16.cu
   src/cuda/skinny/skinny_f16.cu
   src/cuda/skinny/skinny_f32.cu
+  src/cuda/skinny/skinny_int8.cu
   src/cuda/sm80/sampled.cu
   src/cuda/sm80/strip.cu
 )

@@ -14,6 +14,13 @@ namespace block_sparse {
 // Why a kernel does not take a product, as a sentence with the values; nothing if it does.
 using Refusal = std::optional<std::string>;
 
+// Values that were made for serving are read in forward only; every kernel that takes them asks.
+inline Refusal why_not_served(const ProductDesc& desc) {
+  if (desc.product == Product::forward || !(desc.packed || desc.int8)) return std::nullopt;
+  return "reads " + std::string(desc.packed ? "packed" : "int8") +
+         " values in forward only, not in " + std::string(to_string(desc.product));
+}
+
 struct Kernel {
   std::string_view name;
   Refusal (*why_not)(const ProductDesc& desc);

@@ -31,7 +31,7 @@ std::string to_string(const ProductDesc& desc) {
                 " out=", desc.out_features, " in=", desc.in_features, " block=", desc.block.out,
                 "x", desc.block.in, " nnz=", desc.nnz,
                 " density=", cells > 0 ? static_cast<double>(desc.nnz) / cells : 0.0,
-                desc.packed ? " packed" : "",
+                desc.packed ? " packed" : "", desc.int8 ? " int8" : "",
                 desc.product == Product::forward ? concat(" epilogue=", to_string(desc.epilogue))
                                                  : std::string());
 }

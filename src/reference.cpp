@@ -1,18 +1,10 @@
 // The reference kernel of the CPU: plain loops, double accumulation. Last in the list.
 #include "reference.h"
 
-#include "block_sparse/check.h"
 #include "kernels.h"
 
 namespace block_sparse::cpu {
 namespace {
-
-Refusal why_not(const ProductDesc& desc) {
-  if (desc.packed && desc.product != Product::forward) {
-    return concat("reads packed values in forward only, not in ", to_string(desc.product));
-  }
-  return std::nullopt;
-}
 
 int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
 
@@ -30,6 +22,6 @@ void run(const ProductDesc& desc, const ProductArgs& args, const Execution& exec
 
 }  // namespace
 
-Kernel reference() { return {"cpu_reference", why_not, workspace, run}; }
+Kernel reference() { return {"cpu_reference", why_not_served, workspace, run}; }
 
 }  // namespace block_sparse::cpu

@@ -22,7 +22,8 @@ BLOCK_SPARSE_HOST_DEVICE inline int64_t clamp(int64_t value, int64_t bound) {
   return value < 0 ? 0 : value < bound ? value : bound;
 }
 
-// y[token, out] = bias[out] + sum over the blocks of out's block row
+// y[token, out] = bias[out] + sum over the blocks of out's block row (times the scale of out, where
+// values are int8)
 template <class Sum, class T>
 BLOCK_SPARSE_HOST_DEVICE T forward(const ProductDesc& desc, const ProductArgs& args, int64_t token,
                                    int64_t out) {
@@ -36,11 +37,15 @@ BLOCK_SPARSE_HOST_DEVICE T forward(const ProductDesc& desc, const ProductArgs& a
   Sum sum = 0;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = clamp(pattern.col[block], pattern.grid.block_cols) * desc.block.in;
-    const T* w = static_cast<const T*>(args.weight.values) + block * desc.block.out * desc.block.in;
     for (int64_t k = 0; k < desc.block.in && first + k < desc.in_features; ++k) {
-      sum += load<Sum>(x[first + k]) * load<Sum>(w[order.offset(out % desc.block.out, k)]);
+      const int64_t at =
+          block * desc.block.out * desc.block.in + order.offset(out % desc.block.out, k);
+      const Sum w = desc.int8 ? load<Sum>(static_cast<const int8_t*>(args.weight.values)[at])
+                              : load<Sum>(static_cast<const T*>(args.weight.values)[at]);
+      sum += load<Sum>(x[first + k]) * w;
     }
   }
+  if (desc.int8) sum *= load<Sum>(args.weight.scales[out]);
   if (desc.epilogue == Epilogue::bias) sum += load<Sum>(static_cast<const T*>(args.bias)[out]);
   return store<T>(sum);
 }

@@ -168,6 +168,11 @@ def valid_call(rng):
                 equal(lambda: dense_forward(x.double(), values.double(), pattern, None)),
             ),
             (
+                "forward_int8",
+                [x, values.to(torch.int8), torch.ones(shape[0]), index, bias, shape[0]],
+                equal(lambda: dense_forward(x.double(), values.double(), pattern, bias.double())),
+            ),
+            (
                 "unpack",
                 [namespace.pack(values), *block],
                 equal(lambda: values),

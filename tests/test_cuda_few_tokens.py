@@ -172,12 +172,20 @@ def test_captured_by_a_cuda_graph(product):
         (65, (32, 32), torch.bfloat16, "up to 64 tokens, not 65"),
         (4, (32, 32), torch.float64, "dtype is f64"),
         (4, (8, 16), torch.bfloat16, "multiples of 16, not 8x16"),
-        (0, (32, 32), torch.bfloat16, "nothing to multiply"),
     ],
 )
 def test_what_it_refuses(tokens, block_shape, dtype, reason):
     problem = make_problem((tokens, *SIZES), block_shape, dtype).to("cuda")
     with pytest.raises(ValueError, match=reason):
+        problem.run("forward")
+
+
+def test_a_pattern_without_blocks_is_refused():
+    pattern = Pattern.from_mask(
+        torch.zeros(11, 15, dtype=torch.bool), shape=SIZES, block_shape=(32, 32)
+    )
+    problem = make_problem((4, *SIZES), (32, 32), torch.bfloat16, pattern).to("cuda")
+    with pytest.raises(ValueError, match="nothing to multiply"):
         problem.run("forward")
 
 

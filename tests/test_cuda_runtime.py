@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pytorch_block_sparse import BlockSparseLinear
+from pytorch_block_sparse.pattern import with_walks
 
 pytestmark = [
     pytest.mark.cuda,
@@ -107,5 +108,6 @@ def test_a_device_that_is_not_current():
     pattern = layer.pattern
     cols = pattern.grid[1]
     index = block_sparse.index_from_bsr(pattern.crow_indices, pattern.col_indices, cols)
+    index = with_walks(index, pattern.grid, pattern.nnz, pattern.block_shape)
     assert torch.equal(index, pattern.index)
     assert torch.cuda.current_device() == 0

@@ -36,7 +36,14 @@ def run(page, capsys):
 
 
 def test_every_page_with_python_is_run_below():
-    assert WITH_PYTHON == ["index.md", "inside.md", "install.md", "migration.md", "quickstart.md"]
+    assert WITH_PYTHON == [
+        "index.md",
+        "inside.md",
+        "install.md",
+        "migration.md",
+        "quantization.md",
+        "quickstart.md",
+    ]
 
 
 def test_index(capsys):
@@ -80,6 +87,17 @@ def test_migration(capsys):
     layer = names["sparse_layer"](dense, bias)
     assert type(layer) is BlockSparseLinear and layer.block_count == 4
     assert torch.allclose(layer(x), x @ dense.t() + bias, atol=1e-4)
+
+
+def test_quantization(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, said = run("quantization.md", capsys)
+    values = names["model"][0].values
+    assert values.dtype == torch.int8 and 16 * values.numel() == 4 * 256 * 512
+    assert f"{sum(b.nbytes for b in names['model'][0].buffers()):,}" in said
+    x = torch.randn(3, 256)
+    with torch.inference_mode():
+        assert torch.equal(names["again"][0](x), names["model"][0](x))
 
 
 def test_the_rules_of_the_patcher_are_for_whole_names():

@@ -38,6 +38,7 @@ def test_fuzz_of_all_ops(seed):
     for op in (
         "forward",
         "forward_packed",
+        "forward_int8",
         "pack",
         "unpack",
         "grad_input",
@@ -100,7 +101,7 @@ CASES = {
     "input_dtype": (lambda: forward(X.int()), "input: dtype must be float64.*got Int"),
     "values_dtype": (lambda: forward(values=VALUES.bool()), "values: dtype must be.*got Bool"),
     "mixed_dtypes": (lambda: forward(X.double()), "input: dtype is f64, but values has f32"),
-    "bias_dtype": (lambda: forward(bias=BIAS.half()), "bias: dtype is f16, but values has f32"),
+    "bias_dtype": (lambda: forward(bias=BIAS.half()), "bias: dtype is f16, but input has f32"),
     "input_0d": (lambda: forward(X[0, 0]), "input: must have at least one dimension"),
     "values_2d": (
         lambda: forward(values=VALUES[0]),

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -43,6 +44,23 @@ def test_opcheck_of_the_packed_ops(block_shape, tokens):
     opcheck(namespace.forward_packed.default, (x, packed, case.index, None, *sizes))
 
 
+@each_block_shape
+@pytest.mark.parametrize("tokens", [(), (3,), (2, 0), (2, 3)], ids=str)
+def test_opcheck_of_the_int8_op(block_shape, tokens, device):
+    case = Case(block_shape, tokens, device=device)
+    x, bias = case.x.detach(), case.bias.detach()
+    values = (16 * case.values.detach()).to(torch.int8)
+    scales = torch.rand(SHAPE[0], device=device)
+    op = namespace.forward_int8.default
+    opcheck(op, (x, values, scales, case.index, bias, SHAPE[0]))
+    opcheck(op, (x.float(), values, scales, case.index, None, SHAPE[0]))
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(ValueError, match=r"values: must be torch\.int8"),
+    ):
+        op(x, values.float(), scales, case.index, bias, SHAPE[0])
+
+
 def test_opcheck_of_the_index_ops():
     pattern = pattern_of("random", (96, 160), (16, 16))
     bsr = (pattern.crow_indices, pattern.col_indices, pattern.grid[1])
@@ -65,6 +83,7 @@ def test_every_op_is_checked_above():
     checked = {
         "forward",
         "forward_packed",
+        "forward_int8",
         "pack",
         "unpack",
         "grad_input",

@@ -22,10 +22,12 @@ def test_summary_counts_what_is_stored_and_what_a_dense_layer_would_have():
     patched(model, (r"blocks\.\d\.up", {"density": 0.25}))
     lines = columns(summary(model))
     assert [line[0] for line in lines] == ["layer", "blocks.0.up", "blocks.1.up", "sparse", "model"]
-    assert lines[1][1:] == ["128", "x", "64", "32x32", "2", "/", "8", "0.25", "2,176", "8,320"]
-    assert lines[3][1:] == ["4", "/", "16", "0.25", "4,352", "16,640"]
+    indices = 4 * (2 + 5 + 3 + 5 + 4 * 2)  # of each layer: 2 of its 4 x 2 blocks are present
+    assert lines[1][1:9] == ["128", "x", "64", "32x32", "2", "/", "8", "0.25"]
+    assert lines[1][9:] == ["2,176", "8,320", f"{4 * 2176 + indices:,}"]
+    assert lines[3][1:] == ["4", "/", "16", "0.25", "4,352", "16,640", f"{2 * (8704 + indices):,}"]
     stored = sum(p.numel() for p in model.parameters())
-    assert lines[4][1:] == [f"{stored:,}", f"{dense:,}"]
+    assert lines[4][1:] == [f"{stored:,}", f"{dense:,}", f"{4 * stored + 2 * indices:,}"]
 
 
 def test_summary_of_a_layer_alone_a_shared_one_and_a_prepacked_one():
@@ -39,10 +41,18 @@ def test_summary_of_a_layer_alone_a_shared_one_and_a_prepacked_one():
 
 def test_summary_of_a_model_without_sparse_layers():
     assert columns(summary(nn.Linear(4, 4))) == [
-        ["layer", "out", "x", "in", "block", "blocks", "density", "parameters", "dense"],
-        ["sparse", "0", "/", "0", "0", "0"],
-        ["model", "20", "20"],
+        ["layer", "out", "x", "in", "block", "blocks", "density", "parameters", "dense", "bytes"],
+        ["sparse", "0", "/", "0", "0", "0", "0"],
+        ["model", "20", "20", "80"],
     ]
+
+
+def test_summary_of_int8_values_has_their_bytes():
+    layer = BlockSparseLinear(64, 96, density=0.5)
+    plain, served = (columns(summary(module))[1][-3:] for module in (layer, layer.quantize()))
+    assert served[:2] == plain[:2]
+    values, others = 3 * 1024, 4 * (96 + (4 + 3) + (4 + 3) + 4 * 3)  # bias and indices
+    assert [plain[2], served[2]] == [f"{4 * values + others:,}", f"{values + others + 4 * 96:,}"]
 
 
 def test_plot_shows_the_mask_of_each_layer(tmp_path):

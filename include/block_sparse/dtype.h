@@ -84,6 +84,10 @@ BLOCK_SPARSE_HOST_DEVICE inline A load(float value) {
   return static_cast<A>(value);
 }
 template <class A>
+BLOCK_SPARSE_HOST_DEVICE inline A load(int8_t value) {  // no Dtype: weights only, as `int8` says
+  return static_cast<A>(value);
+}
+template <class A>
 BLOCK_SPARSE_HOST_DEVICE inline A load(BFloat16 value) {
   return static_cast<A>(std::bit_cast<float>(uint32_t{value.bits} << 16));
 }

@@ -17,6 +17,8 @@ struct BlockShape {
 struct MatrixView {
   PatternView pattern;
   const void* values = nullptr;  // [nnz, block.out, block.in], contiguous, in BSR order, or packed
+  // [out_features], where values are int8: row n of the weight is scales[n] times what is stored.
+  const float* scales = nullptr;
 };
 
 // Row-major, elements of a row adjacent. `row_stride` counts elements.

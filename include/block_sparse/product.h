@@ -37,6 +37,9 @@ struct ProductDesc {
   bool planned = false;
   // The values are in packed order (packed.h), which is not the canonical one. Forward only.
   bool packed = false;
+  // The values are int8, in canonical order, with a scale for each output: y = scale * sum + bias.
+  // Everything else is of `dtype`. Forward only.
+  bool int8 = false;
 
   constexpr GridShape grid() const {
     return {(out_features + block.out - 1) / block.out, (in_features + block.in - 1) / block.in,

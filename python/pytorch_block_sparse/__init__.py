@@ -13,6 +13,7 @@ from .matrix import BlockSparseMatrix
 from .patch import BlockSparseModelPatcher
 from .pattern import Pattern
 from .prepacked import PrepackedLinear
+from .quantized import QuantizedBlockSparseLinear, quantize_
 from .reference import PseudoBlockSparseLinear
 from .view import plot_pattern, summary
 
@@ -25,8 +26,10 @@ __all__ = [
     "Pattern",
     "PrepackedLinear",
     "PseudoBlockSparseLinear",
+    "QuantizedBlockSparseLinear",
     "ops",
     "plot_pattern",
+    "quantize_",
     "summary",
 ]
 

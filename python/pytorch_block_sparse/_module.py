@@ -4,7 +4,7 @@ Moves, casts, the meta device, checkpoints. It knows nothing of what the module 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,14 @@ class PatternModule(nn.Module):
     in_features: int
     out_features: int
     block_shape: tuple[int, int]
-    values: nn.Parameter
-    bias: nn.Parameter | None
+    values: Tensor
+    bias: Tensor | None
     crow_indices: Tensor
     col_indices: Tensor
     _index: Tensor
+
+    # In a checkpoint these mean something only together.
+    _SAVED_TOGETHER: ClassVar[tuple[str, ...]] = ("values", "crow_indices", "col_indices")
 
     @property
     def pattern(self) -> Pattern:
@@ -45,6 +48,24 @@ class PatternModule(nn.Module):
             self._index,
             (self.out_features, self.in_features),
             self.block_shape,
+        )
+
+    @property
+    def block_count(self) -> int:
+        """Number of present blocks."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that are present."""
+        return self.pattern.density
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear``, plus the pattern."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, density={self.density:.3g}, "
+            f"block_shape={self.block_shape}, block_count={self.block_count}"
         )
 
     def _pattern_from_bsr(self, crow_indices: Tensor, col_indices: Tensor) -> Pattern:
@@ -109,10 +130,10 @@ class PatternModule(nn.Module):
     ) -> None:
         """Adopts the pattern of the checkpoint. A checkpoint that does not fit changes nothing."""
         assign = local_metadata.get("assign_to_params_buffers", False)
-        keys = [prefix + name for name in ("values", "crow_indices", "col_indices")]
+        keys = [prefix + name for name in self._SAVED_TOGETHER]
         present = [key for key in keys if key in state_dict]
         pattern = None
-        if len(present) < len(keys):  # they mean something only together
+        if len(present) < len(keys):
             state_dict = {key: state_dict[key] for key in state_dict if key not in present}
         elif assign or not self.values.is_meta:  # else nn.Module warns that it does nothing
             try:
@@ -144,17 +165,16 @@ class PatternModule(nn.Module):
         pattern = self._pattern_from_bsr(
             state_dict[prefix + "crow_indices"], state_dict[prefix + "col_indices"]
         )
-        sizes = {"values": (pattern.nnz, *self.block_shape), "bias": (self.out_features,)}
-        for name, size in sizes.items():
+        for name, (size, dtypes) in self._saved(pattern.nnz).items():
             tensor = state_dict.get(prefix + name)
             if tensor is None or getattr(self, name) is None:
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: must be a tensor, got {type(tensor).__name__}")
-            if tensor.dtype not in DTYPES or tensor.is_meta:
+            if tensor.dtype not in dtypes or tensor.is_meta:
+                wanted = "floating point" if dtypes is DTYPES else " or ".join(map(str, dtypes))
                 raise TypeError(
-                    f"{name}: must be floating point, with numbers, got {tensor.dtype} on "
-                    f"{tensor.device}"
+                    f"{name}: must be {wanted}, with numbers, got {tensor.dtype} on {tensor.device}"
                 )
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{name}: must be {list(size)}, got {list(tensor.shape)}")
@@ -164,6 +184,13 @@ class PatternModule(nn.Module):
                 f"checkpoint has {pattern.nnz}; load it before they are sharded"
             )
         return pattern
+
+    def _saved(self, nnz: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Shape and dtypes of what a checkpoint has beside the indices of `nnz` blocks."""
+        return {
+            "values": ((nnz, *self.block_shape), DTYPES),
+            "bias": ((self.out_features,), DTYPES),
+        }
 
     def _resize(self, pattern: Pattern) -> None:
         """Makes room for another number of blocks in the same Parameter object.

@@ -94,6 +94,14 @@ def why_not(layer: nn.Module, names: list[str], tied: dict[str, str]) -> str | N
         for name in names:
             if (full := f"{name}.{parameter}") in tied:
                 return f"its {parameter} is tied to {tied[full]}"
+    if (reason := carries(layer)) is not None:
+        return reason
+    dtype = cast(nn.Parameter, layer.weight).dtype
+    return None if dtype in DTYPES else f"its weight is {dtype}"
+
+
+def carries(layer: nn.Module) -> str | None:
+    """What the layer carries that another in its place would lose, as a reason; or None."""
     if parametrize.is_parametrized(layer):
         return "it has parametrizations"
     for hooks in _HOOKS:
@@ -105,8 +113,7 @@ def why_not(layer: nn.Module, names: list[str], tied: dict[str, str]) -> str | N
                 return f"its {name} carries hooks ({hooks.strip('_')})"
     if hasattr(layer, "_hf_hook"):
         return "it carries a hook of accelerate"
-    dtype = cast(nn.Parameter, layer.weight).dtype
-    return None if dtype in DTYPES else f"its weight is {dtype}"
+    return None
 
 
 def replace(model: nn.Module, names: list[str], new: nn.Module) -> None:

@@ -14,6 +14,7 @@ from .pattern import Pattern, check_block_shape, check_density, grid_shape
 
 if TYPE_CHECKING:
     from .prepacked import PrepackedLinear
+    from .quantized import QuantizedBlockSparseLinear
 
 
 class BlockSparseLinear(PatternModule):
@@ -58,6 +59,8 @@ class BlockSparseLinear(PatternModule):
         26
     """
 
+    values: nn.Parameter
+    bias: nn.Parameter | None
     is_part = False  # True where other ranks hold the rest of the layer (tensor parallelism)
 
     def __init__(
@@ -102,7 +105,6 @@ class BlockSparseLinear(PatternModule):
         self.block_shape = pattern.block_shape
         size = (pattern.nnz, *pattern.block_shape)
         self.values = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -193,6 +195,18 @@ class BlockSparseLinear(PatternModule):
 
         return PrepackedLinear(self)
 
+    def quantize(self) -> "QuantizedBlockSparseLinear":
+        """This layer for serving with int8 values: a quarter of the memory of float32.
+
+        Each row of the weight has a scale of its own, and each value is off by half of it at most.
+        The module that is returned cannot be trained; its
+        :meth:`~QuantizedBlockSparseLinear.dequantize` gives a layer again. For all layers of a
+        model: :func:`quantize_`.
+        """
+        from .quantized import QuantizedBlockSparseLinear  # it is made of this class
+
+        return QuantizedBlockSparseLinear(self)
+
     def explain(self, tokens: int, product: str = "forward") -> str:
         """Which kernel runs `product` (forward, grad_input or grad_weight), and why not others."""
         return torch.ops.block_sparse.explain(
@@ -236,24 +250,6 @@ class BlockSparseLinear(PatternModule):
     def weight(self) -> BlockSparseMatrix:
         """The weight as a matrix, ``[out_features, in_features]``; shares memory with the layer."""
         return BlockSparseMatrix(self.values, self.pattern)
-
-    @property
-    def block_count(self) -> int:
-        """Number of present blocks."""
-        return self.values.shape[0]
-
-    @property
-    def density(self) -> float:
-        """Share of the blocks that are present."""
-        return self.pattern.density
-
-    def extra_repr(self) -> str:
-        """As ``nn.Linear``, plus the pattern."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, density={self.density:.3g}, "
-            f"block_shape={self.block_shape}, block_count={self.block_count}"
-        )
 
 
 def _check_pattern(pattern: Pattern, shape: tuple[int, int]) -> Pattern:

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import ops
+from ._inference import InferenceModule, check_layer_to_serve
 from ._module import own
 from .linear import BlockSparseLinear
 from .matrix import BlockSparseMatrix
 from .pattern import Pattern
 
 
-class PrepackedLinear(nn.Module):
+class PrepackedLinear(InferenceModule):
     """What :meth:`BlockSparseLinear.prepack` returns: ``y = x Wt + bias``, without gradients.
 
     ``state_dict`` is that of the layer, in canonical form: either loads that of the other. Moving
@@ -48,7 +48,8 @@ class PrepackedLinear(nn.Module):
         True
     """
 
-    in_features: int
+    _BACK = "unpack"
+
     out_features: int
     block_shape: tuple[int, int]
     bias: Tensor | None
@@ -59,15 +60,7 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, layer: BlockSparseLinear) -> None:
         super().__init__()
-        if not isinstance(layer, BlockSparseLinear):
-            raise TypeError(f"layer: must be a BlockSparseLinear, got {type(layer).__name__}")
-        for name, parameter in layer.named_parameters():
-            if parameter.grad is not None:
-                raise RuntimeError(
-                    f"{name}: has a gradient pending, and a prepacked layer is never trained; step "
-                    "the optimizer and call zero_grad() first, or drop the gradient with "
-                    "zero_grad()"
-                )
+        check_layer_to_serve(layer, "prepacked")
         self._adopt(layer)
         self.eval()
 
@@ -109,20 +102,9 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"input: must be [..., in_features={self.in_features}], got {list(input.shape)}"
-            )
-        if torch.is_grad_enabled() and (self.training or input.requires_grad):
-            what = "input requires a gradient" if input.requires_grad else "it is in training mode"
-            raise RuntimeError(
-                f"PrepackedLinear: is for inference only, but {what}; call it under "
-                "torch.inference_mode(), or train the layer that unpack() returns"
-            )
+        self._check_input(input)
         if not torch.compiler.is_compiling():
             self._check_pattern()
-            if forward_ad._current_level >= 0:
-                raise RuntimeError("PrepackedLinear: has no derivatives; take those of unpack()")
         return ops.forward_packed(
             input, self._packed, self._index, self.bias, self.out_features, *self.block_shape
         )
@@ -134,14 +116,6 @@ class PrepackedLinear(nn.Module):
         return torch.ops.block_sparse.explain(
             values, "forward", *sizes, self.bias is not None, packed=True
         )
-
-    def requires_grad_(self, requires_grad: bool = True) -> "PrepackedLinear":
-        """Nothing here is trained: True is an error."""
-        if requires_grad:
-            raise RuntimeError(
-                "PrepackedLinear: is never trained; train the layer that unpack() returns"
-            )
-        return self
 
     # --- back to the layer ------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ _LAYERS = (PatternModule, PrepackedLinear)
 def summary(model: nn.Module) -> str:
     """A table of the block-sparse layers of `model`: sizes, blocks, density and what they save.
 
-    ``dense`` is the number of parameters that the layer would have without sparsity. The last two
+    ``dense`` is the number of parameters that the layer would have without sparsity; ``bytes`` is
+    what it holds in memory: values, bias, scales where values are int8, and indices. The last two
     lines are of these layers together, and of the whole model.
 
     Example:
@@ -26,13 +27,13 @@ def summary(model: nn.Module) -> str:
         >>> from pytorch_block_sparse import BlockSparseLinear, summary
         >>> up = BlockSparseLinear(64, 256, density=0.25)
         >>> print(summary(nn.Sequential(nn.Embedding(100, 64), up)))
-        layer   out x in  block  blocks  density  parameters   dense
-        1       256 x 64  32x32  4 / 16     0.25       4,352  16,640
-        sparse                   4 / 16     0.25       4,352  16,640
-        model                                         10,752  23,040
+        layer   out x in  block  blocks  density  parameters   dense   bytes
+        1       256 x 64  32x32  4 / 16     0.25       4,352  16,640  17,572
+        sparse                   4 / 16     0.25       4,352  16,640  17,572
+        model                                         10,752  23,040  43,172
     """
     rows: list[tuple[str, ...]] = [
-        ("layer", "out x in", "block", "blocks", "density", "parameters", "dense")
+        ("layer", "out x in", "block", "blocks", "density", "parameters", "dense", "bytes")
     ]
     present = cells = stored = dense = 0
     for name, layer in _layers(model).items():
@@ -49,15 +50,18 @@ def summary(model: nn.Module) -> str:
                 f"{layer.block_shape[0]}x{layer.block_shape[1]}",
                 f"{blocks:,} / {grid[0] * grid[1]:,}",
                 f"{layer.density:.3g}",
-                *(f"{count:,}" for count in counts),
+                *(f"{count:,}" for count in (*counts, _bytes_of(layer))),
             )
         )
         present, cells = present + blocks, cells + grid[0] * grid[1]
         stored, dense = stored + counts[0], dense + counts[1]
     share = f"{present / cells:.3g}" if cells else ""
-    rows.append(("sparse", "", "", f"{present:,} / {cells:,}", share, f"{stored:,}", f"{dense:,}"))
+    held = f"{_bytes_of(*_layers(model).values()):,}"
+    total = (f"{stored:,}", f"{dense:,}", held)
+    rows.append(("sparse", "", "", f"{present:,} / {cells:,}", share, *total))
     others = sum(p.numel() for p in _other_parameters(model))
-    rows.append(("model", "", "", "", "", f"{stored + others:,}", f"{dense + others:,}"))
+    total = (f"{stored + others:,}", f"{dense + others:,}", f"{_bytes_of(model):,}")
+    rows.append(("model", "", "", "", "", *total))
     return format_rows(rows)
 
 
@@ -101,6 +105,12 @@ def plot_pattern(module: nn.Module, path: str | Path | None = None) -> Any:
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, _LAYERS)}
+
+
+def _bytes_of(*modules: nn.Module) -> int:
+    """Of all their parameters and buffers, each once."""
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _other_parameters(model: nn.Module) -> list[nn.Parameter]:

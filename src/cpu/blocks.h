@@ -50,9 +50,8 @@ struct Walk {
   }
 };
 
-template <class Math, Product kProduct>
+template <class Math, Product kProduct, class Value = typename Math::Storage>
 class Blocks {
-  using Storage = typename Math::Storage;
   using Packed = typename Math::Packed;
   // Canonical blocks are [out][in]: for grad_input, adjacent elements are adjacent outputs.
   static constexpr bool kAdjacentRows = kProduct == Product::grad_input;
@@ -60,7 +59,7 @@ class Blocks {
  public:
   // True where stored elements, as they lie, are what the inner loop multiplies.
   static constexpr bool kDirect =
-      sizeof(Storage) * Math::kDepth == sizeof(Packed) && (Math::kDepth == 1 || !kAdjacentRows);
+      sizeof(Value) * Math::kDepth == sizeof(Packed) && (Math::kDepth == 1 || !kAdjacentRows);
 
   // Rows of one output block, and the entries that they sum over.
   struct Slice {
@@ -78,7 +77,7 @@ class Blocks {
     return outputs * depth / Math::kDepth + kLanes<Packed>;
   }
 
-  Blocks(const Walk& walk, const Storage* values, BlockShape block, Packed* prepared)
+  Blocks(const Walk& walk, const Value* values, BlockShape block, Packed* prepared)
       : walk_(walk), values_(values), block_(block), prepared_(prepared) {}
 
   template <class F>
@@ -101,7 +100,7 @@ class Blocks {
       Packed* to = prepared_;
       for_each_slice(outputs, [&](const Slice& slice) {
         for (int64_t entry = slice.entries.begin; entry < slice.entries.end; ++entry) {
-          const Storage* from = values_ + number(entry) * block_.out * block_.in;
+          const Value* from = values_ + number(entry) * block_.out * block_.in;
           // Row after row of the block as it is stored; for grad_input the slice is columns of it.
           const int64_t first = kAdjacentRows ? 0 : slice.row;
           const int64_t end = kAdjacentRows ? block_.out : slice.row + slice.rows;
@@ -109,8 +108,9 @@ class Blocks {
           const int64_t columns = kAdjacentRows ? slice.rows : block_.in;
           for (int64_t row = first; row < end; row += Math::kDepth, to += columns) {
             for (int64_t i = 0; i < columns; i += kLanes<Packed>) {
-              store(to + i, Math::join(from + row * block_.in + column + i, block_.in, Math::kDepth,
-                                       std::min<int64_t>(kLanes<Packed>, columns - i)));
+              store(to + i,
+                    join_values<Math>(from + row * block_.in + column + i, block_.in, Math::kDepth,
+                                      std::min<int64_t>(kLanes<Packed>, columns - i)));
             }
           }
         }
@@ -156,7 +156,7 @@ class Blocks {
   }
 
   Walk walk_;
-  const Storage* values_;
+  const Value* values_;
   BlockShape block_;
   Packed* prepared_;
 };

@@ -1,10 +1,56 @@
-// Sixteen-bit floats to vectors of float and back, rounding to nearest even as dtype.h does.
+// Narrow elements to vectors that are multiplied: sixteen-bit floats to float and back, rounding to
+// nearest even as dtype.h does; int8 to any.
 #pragma once
 
 #include "block_sparse/dtype.h"
 #include "cpu/simd.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
+
+// As many int8 or floats as a vector of T has lanes.
+template <class T>
+struct NarrowOf {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  typedef float Floats __attribute__((vector_size(kLanes<T> * 4)));
+};
+
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> widen(typename NarrowOf<T>::Bytes bytes) {
+  return __builtin_convertvector(bytes, Vec<T>);
+}
+// One instruction, or two, which the compiler does not find.
+template <>
+BLOCK_SPARSE_INLINE Vec<float> widen<float>(NarrowOf<float>::Bytes bytes) {
+#if defined(__AVX512F__)
+  const __m512i words = _mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(bytes));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes)));
+#elif defined(__aarch64__)
+  const int8x8_t twice = vreinterpret_s8_s32(vdup_n_s32(reinterpret_cast<int32_t>(bytes)));
+  const int32x4_t words = vmovl_s16(vget_low_s16(vmovl_s8(twice)));
+#else
+  const Vec<int32_t> words = __builtin_convertvector(bytes, Vec<int32_t>);
+#endif
+  return __builtin_convertvector(reinterpret_cast<Vec<int32_t>>(words), Vec<float>);
+}
+
+// The first `count` lanes; the others are zero.
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> widen(const int8_t* from, int64_t count) {
+  typename NarrowOf<T>::Bytes bytes{};
+  if (count == kLanes<T>) {
+    std::memcpy(&bytes, from, sizeof(bytes));
+  } else {
+    std::memcpy(&bytes, from, static_cast<size_t>(count));
+  }
+  return widen<T>(bytes);
+}
+template <class T>
+BLOCK_SPARSE_INLINE Vec<T> widen(const float* from, int64_t count) {
+  typename NarrowOf<T>::Floats floats{};
+  std::memcpy(&floats, from, static_cast<size_t>(count) * sizeof(float));
+  return __builtin_convertvector(floats, Vec<T>);
+}
 
 // As many sixteen-bit elements as a vector has floats.
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));

@@ -5,12 +5,13 @@
 
 #include "block_sparse/product.h"
 #include "cpu/blocks.h"
+#include "cpu/epilogue.h"
 #include "cpu/split.h"
 #include "cpu/tile.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
-template <class Math, Product kProduct>
+template <class Math, Product kProduct, class Value = typename Math::Storage>
 class Few {
   using Storage = typename Math::Storage;
   using Packed = typename Math::Packed;
@@ -39,8 +40,8 @@ class Few {
       : walk_(Walk::of<kProduct>(desc, args.weight.pattern)),
         block_(desc.block),
         x_(kProduct == Product::forward ? args.x : args.dy),
-        values_(static_cast<const Storage*>(args.weight.values)),
-        bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
+        values_(static_cast<const Value*>(args.weight.values)),
+        epilogue_(OutputEpilogue<Math, Value>::of(desc, args)),
         y_(args.output),
         tokens_(desc.tokens),
         last_entry_(desc.nnz - 1) {}
@@ -83,9 +84,8 @@ class Few {
       Storage* y = static_cast<Storage*>(y_.data) + (token + t) * y_.row_stride + output;
       for (int64_t i = 0; i < count; i += kLane) {
         const int64_t n = std::min(kLane, count - i);
-        Vec<Sum> sum = load(sums + t * kPanelOutputs + i, n);
-        if (bias_ != nullptr) sum += Math::load_sum(bias_ + output + i, n);
-        Math::store(y + i, sum, n);
+        const Vec<Sum> sum = load(sums + t * kPanelOutputs + i, n);
+        Math::store(y + i, epilogue_.lanes(output + i, n)(sum), n);
       }
     }
   }
@@ -99,21 +99,19 @@ class Few {
       const int64_t depth = walk_.depth[entry] * block_.in;
       const int64_t count = std::min(block_.in, walk_.depths - depth);
       const int64_t later = std::min(entry + kEntriesAhead, last_entry_);
-      const Storage* w = values_ + (entry * block_.out + row) * block_.in;
-      const Storage* ahead = values_ + (later * block_.out + row) * block_.in;
+      const Value* w = values_ + (entry * block_.out + row) * block_.in;
+      const Value* ahead = values_ + (later * block_.out + row) * block_.in;
       for (int64_t k = 0; k < count; k += kStep) {
         const int64_t n = std::min(kStep, count - k);
         Vec<Packed> b[kCount];
 #pragma GCC unroll 4
         for (int t = 0; t < kCount; ++t) {
-          const Storage* from = x + t * x_.row_stride + depth + k;
-          b[t] = n == kStep ? Math::load(from) : Math::load(from, n);
+          b[t] = load_values<Math>(x + t * x_.row_stride + depth + k, n);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < kOutputs; ++r) {
-          const Storage* from = w + r * block_.in + k;
           __builtin_prefetch(ahead + r * block_.in + k);
-          const Vec<Packed> a = n == kStep ? Math::load(from) : Math::load(from, n);
+          const Vec<Packed> a = load_values<Math>(w + r * block_.in + k, n);
 #pragma GCC unroll 4
           for (int t = 0; t < kCount; ++t) sums[r][t] = Math::multiply_add(a, b[t], sums[r][t]);
         }
@@ -144,8 +142,8 @@ class Few {
   Walk walk_;
   BlockShape block_;
   ConstDenseView x_;
-  const Storage* values_;
-  const Storage* bias_;
+  const Value* values_;
+  OutputEpilogue<Math, Value> epilogue_;
   MutableDenseView y_;
   int64_t tokens_;
   int64_t last_entry_;

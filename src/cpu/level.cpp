@@ -56,9 +56,18 @@ auto with_math(const ProductDesc& desc, const F& f) {
   const bool paired = desc.product == Product::grad_weight ? !is_thin(desc.block)
                       : desc.product == Product::forward   ? in
                                                            : out;
-  if (paired) return f(Pairs());
+  if (paired && !desc.int8) return f(Pairs());
 #endif
   return f(Widened<BFloat16>());
+}
+
+// Calls f with an element of the type that the values of forward are stored in.
+template <class Math, class F>
+auto with_value(const ProductDesc& desc, const F& f) {
+  if constexpr (Math::kDepth == 1) {
+    if (desc.int8) return f(int8_t());
+  }
+  return f(typename Math::Storage());
 }
 
 // Calls f with an object of the class that computes a product in one dtype.
@@ -68,7 +77,9 @@ auto with_routine(const ProductDesc& desc, const F& f) {
     using Math = decltype(math);
     switch (desc.product) {
       case Product::forward:
-        return f(std::type_identity<Spmm<Math, Product::forward>>());
+        return with_value<Math>(desc, [&](auto value) {
+          return f(std::type_identity<Spmm<Math, Product::forward, decltype(value)>>());
+        });
       case Product::grad_input:
         return f(std::type_identity<Spmm<Math, Product::grad_input>>());
       case Product::grad_weight:
@@ -87,7 +98,9 @@ auto with_panel(const ProductDesc& desc, const F& f) {
     using Math = decltype(math);
     if (desc.packed) return f(std::type_identity<Panel<Math, Product::forward, true>>());
     if (desc.product == Product::forward) {
-      return f(std::type_identity<Panel<Math, Product::forward>>());
+      return with_value<Math>(desc, [&](auto value) {
+        return f(std::type_identity<Panel<Math, Product::forward, false, decltype(value)>>());
+      });
     }
     return f(std::type_identity<Panel<Math, Product::grad_input>>());
   });
@@ -97,7 +110,10 @@ template <class F>
 auto with_few(const ProductDesc& desc, const F& f) {
   if (desc.product == Product::forward) {
     return with_math(desc, [&](auto math) {
-      return f(std::type_identity<Few<decltype(math), Product::forward>>());
+      using Math = decltype(math);
+      return with_value<Math>(desc, [&](auto value) {
+        return f(std::type_identity<Few<Math, Product::forward, decltype(value)>>());
+      });
     });
   }
   if (desc.dtype == Dtype::f64)

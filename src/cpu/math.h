@@ -112,4 +112,27 @@ struct Pairs : Widened<BFloat16> {
 };
 #endif
 
+// One vector of Packed from `count` adjacent values, which are Storage or int8.
+template <class Math, class Value>
+BLOCK_SPARSE_INLINE Vec<typename Math::Packed> load_values(const Value* from, int64_t count) {
+  using Packed = typename Math::Packed;
+  if constexpr (std::is_same_v<Value, typename Math::Storage>) {
+    return count == kLanes<Packed> * Math::kDepth ? Math::load(from) : Math::load(from, count);
+  } else {
+    return widen<Packed>(from, count);
+  }
+}
+
+// The same from Math::kDepth rows of them.
+template <class Math, class Value>
+BLOCK_SPARSE_INLINE Vec<typename Math::Packed> join_values(const Value* row, int64_t stride,
+                                                           int64_t rows, int64_t count) {
+  if constexpr (std::is_same_v<Value, typename Math::Storage>) {
+    return Math::join(row, stride, rows, count);
+  } else {
+    static_assert(Math::kDepth == 1);
+    return load_values<Math>(row, count);
+  }
+}
+
 }  // namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL

@@ -10,13 +10,14 @@
 #include "block_sparse/product.h"
 #include "cpu/blocks.h"
 #include "cpu/columns.h"
+#include "cpu/epilogue.h"
 #include "cpu/split.h"
 #include "cpu/strip.h"
 #include "cpu/tile.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
-template <class Math, Product kProduct, bool kPacked = false>
+template <class Math, Product kProduct, bool kPacked = false, class Value = typename Math::Storage>
 class Panel {
   using Storage = typename Math::Storage;
   using Packed = typename Math::Packed;
@@ -76,8 +77,8 @@ class Panel {
         block_(desc.block),
         order_(packed_order(desc.dtype, desc.block)),
         x_(kForward ? args.x : args.dy),
-        values_(static_cast<const Storage*>(args.weight.values)),
-        bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
+        values_(static_cast<const Value*>(args.weight.values)),
+        epilogue_(OutputEpilogue<Math, Value>::of(desc, args)),
         y_(args.output),
         stream_(streams<Math>(args.output, desc.tokens)),
         chunk_tokens_(chunk_tokens(desc)),
@@ -178,7 +179,7 @@ class Panel {
     // Tiles of about the same height.
     const int64_t count = tokens.end - tokens.begin;
     const int64_t tiles = (count + kTokens - 1) / kTokens;
-    const int64_t lines = kSliceOutputs * walk_.depth_block * int64_t{sizeof(Storage)} / 64;
+    const int64_t lines = kSliceOutputs * walk_.depth_block * int64_t{sizeof(Value)} / 64;
     const int64_t each = (lines + tiles - 1) / tiles;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range part = even_part(count, 1, tile, tiles);
@@ -203,9 +204,9 @@ class Panel {
   BLOCK_SPARSE_INLINE void fetch_block(const Later& later, int64_t index) const {
     const int64_t entry = later.next.entries.begin + index;
     if (entry >= later.next.entries.end) return;
-    const Storage* from = values_ + (entry * block_.out + later.next.row) * block_.in;
+    const Value* from = values_ + (entry * block_.out + later.next.row) * block_.in;
     for (int64_t i = later.lines.begin; i < later.lines.end; ++i) {
-      __builtin_prefetch(from + i * int64_t{64 / sizeof(Storage)}, 0, 2);
+      __builtin_prefetch(from + i * int64_t{64 / sizeof(Value)}, 0, 2);
     }
   }
   BLOCK_SPARSE_INLINE void fetch_tokens(const Later& later, const Slice& slice) const {
@@ -227,7 +228,7 @@ class Panel {
           pack_strip<Math>(values_ + (entry * block_.out + slice.row) * block_.in, block_.in, width,
                            block_.in, to, width);
         } else {
-          const Storage* from = values_ + walk_.number[entry] * block_.out * block_.in + slice.row;
+          const Value* from = values_ + walk_.number[entry] * block_.out * block_.in + slice.row;
           Packed* vector = to;
           for (int64_t row = 0; row < block_.out; row += Math::kDepth) {
             for (int64_t i = 0; i < width; i += kLane, vector += kLane) {
@@ -290,16 +291,15 @@ class Panel {
       }
     }
     store_rows(tile, static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output,
-               y_.row_stride, slice.count, bias_ == nullptr ? nullptr : bias_ + slice.output,
-               stream_);
+               y_.row_stride, slice.output, slice.count, epilogue_, stream_);
   }
 
   Walk walk_;
   BlockShape block_;
   PackedOrder order_;  // of packed values
   ConstDenseView x_;
-  const Storage* values_;
-  const Storage* bias_;
+  const Value* values_;
+  OutputEpilogue<Math, Value> epilogue_;
   MutableDenseView y_;
   bool stream_;
   int64_t chunk_tokens_;

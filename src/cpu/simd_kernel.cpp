@@ -60,7 +60,7 @@ Kernel simd() {
   return {"cpu_simd",
           [](const ProductDesc& desc) -> Refusal {
             if (desc.packed) return kNotPacked;
-            return std::nullopt;
+            return why_not_served(desc);
           },
           [](const ProductDesc& desc, const Execution& execution) {
             return level().any.workspace(desc, execution);
@@ -73,10 +73,8 @@ Kernel simd() {
 Kernel panel() {
   return {"cpu_panel",
           [](const ProductDesc& desc) -> Refusal {
-            if (desc.packed) {  // in whole vectors, of any level
-              if (desc.product == Product::forward) return std::nullopt;
-              return "reads packed values in forward only";
-            }
+            if (Refusal refusal = why_not_served(desc)) return refusal;
+            if (desc.packed) return std::nullopt;  // in whole vectors, of any level
             // In forward the blocks are transposed first: that takes many tokens to pay.
             const int64_t kMinTokens = desc.product == Product::forward ? 128 : 32;
             if (desc.product == Product::grad_weight) return "computes no grad_weight";
@@ -103,6 +101,7 @@ Kernel few_tokens() {
           [](const ProductDesc& desc) -> Refusal {
             constexpr int64_t kMaxTokens = 8, kMinBlock = 16;
             if (desc.packed) return kNotPacked;
+            if (Refusal refusal = why_not_served(desc)) return refusal;
             if (desc.product == Product::grad_weight) return "computes no grad_weight";
             if (desc.tokens > kMaxTokens) {
               return concat("is for at most ", kMaxTokens, " tokens, not ", desc.tokens);

@@ -5,18 +5,19 @@
 
 #include "block_sparse/product.h"
 #include "cpu/blocks.h"
+#include "cpu/epilogue.h"
 #include "cpu/split.h"
 #include "cpu/strip.h"
 #include "cpu/tile.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
-template <class Math, Product kProduct>
+template <class Math, Product kProduct, class Value = typename Math::Storage>
 class Spmm {
   using Storage = typename Math::Storage;
   using Packed = typename Math::Packed;
   using Sum = typename Math::Sum;
-  using Weights = Blocks<Math, kProduct>;
+  using Weights = Blocks<Math, kProduct, Value>;
 
   static constexpr int64_t kStripTokens = kTileVectors * kLanes<Sum>;
   // Outputs of a strip that are collected before they are transposed: whole cache lines.
@@ -51,14 +52,14 @@ class Spmm {
   Spmm(const ProductDesc& desc, const ProductArgs& args, void* workspace)
       : walk_(Walk::of<kProduct>(desc, args.weight.pattern)),
         x_(kProduct == Product::forward ? args.x : args.dy),
-        bias_(desc.epilogue == Epilogue::bias ? static_cast<const Storage*>(args.bias) : nullptr),
+        epilogue_(OutputEpilogue<Math, Value>::of(desc, args)),
         y_(args.output),
         stream_(streams<Math>(args.output, desc.tokens)),
         last_entry_(desc.nnz - 1),
         group_(std::max<int64_t>(1, kGroupDepth / walk_.depth_block)),
         chunk_tokens_(chunk_strips(desc) * kStripTokens),
         chunk_(static_cast<Packed*>(workspace)),
-        weights_(walk_, static_cast<const Storage*>(args.weight.values), desc.block,
+        weights_(walk_, static_cast<const Value*>(args.weight.values), desc.block,
                  chunk_ + chunk_strips(desc) * strip_elements(desc)) {}
 
   static int64_t strip_elements(const ProductDesc& desc) {
@@ -68,7 +69,7 @@ class Spmm {
   static int64_t chunk_strips(const ProductDesc& desc) {
     const int64_t strips = (desc.tokens + kStripTokens - 1) / kStripTokens;
     const int64_t bytes = strip_elements(desc) * int64_t{sizeof(Packed)};
-    const int64_t blocks = desc.nnz * desc.block.out * desc.block.in * int64_t{sizeof(Storage)};
+    const int64_t blocks = desc.nnz * desc.block.out * desc.block.in * int64_t{sizeof(Value)};
     const int64_t chunk =
         Weights::kDirect && blocks <= kCachedBytes ? kSmallChunkBytes : kLargeChunkBytes;
     return std::clamp<int64_t>(chunk / std::max<int64_t>(1, bytes), 1,
@@ -127,9 +128,9 @@ class Spmm {
     weights_.for_each_slice(outputs, [&](const typename Weights::Slice& slice) {
       run_slice<kVectors>(slice, strip, sums + (slice.output - outputs.begin) * kWidth);
     });
-    const auto unpack = stream_ ? unpack_strip<Math, true> : unpack_strip<Math, false>;
-    unpack(sums, kWidth, tokens, outputs.end - outputs.begin,
-           bias_ == nullptr ? nullptr : bias_ + outputs.begin,
+    const auto unpack =
+        stream_ ? unpack_strip<Math, true, Value> : unpack_strip<Math, false, Value>;
+    unpack(sums, kWidth, tokens, outputs.begin, outputs.end - outputs.begin, epilogue_,
            static_cast<Storage*>(y_.data) + token * y_.row_stride + outputs.begin, y_.row_stride);
   }
 
@@ -172,7 +173,7 @@ class Spmm {
 
   Walk walk_;
   ConstDenseView x_;
-  const Storage* bias_;
+  OutputEpilogue<Math, Value> epilogue_;
   MutableDenseView y_;
   bool stream_;
   int64_t last_entry_;

@@ -4,14 +4,14 @@
 #pragma once
 
 #include "block_sparse/matrix.h"
-#include "cpu/math.h"
+#include "cpu/epilogue.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
 // Loads `rows` (at most lanes) rows of `count` elements, the rest zero, and transposes them.
-template <class Math>
+template <class Math, class Value>
 BLOCK_SPARSE_INLINE void load_transposed(
-    const typename Math::Storage* from, int64_t stride, int64_t rows, int64_t count,
+    const Value* from, int64_t stride, int64_t rows, int64_t count,
     Vec<typename Math::Packed> (&square)[kLanes<typename Math::Packed>]) {
   using Packed = typename Math::Packed;
   constexpr int L = kLanes<Packed>;
@@ -20,20 +20,20 @@ BLOCK_SPARSE_INLINE void load_transposed(
     for (int i = 0; i < L; ++i) {
       // So many rows side by side are more streams than the hardware follows.
       __builtin_prefetch(from + i * stride + 4 * L * Math::kDepth);
-      square[i] = Math::load(from + i * stride);
+      square[i] = load_values<Math>(from + i * stride, L * Math::kDepth);
     }
   } else {
     for (int i = 0; i < L; ++i) {
-      square[i] = i < rows ? Math::load(from + i * stride, count) : Vec<Packed>{};
+      square[i] = i < rows ? load_values<Math>(from + i * stride, count) : Vec<Packed>{};
     }
   }
   transpose<Packed>(square);
 }
 
 // [tokens][features] -> [features / kDepth][kWidth]; tokens beyond the last become zero.
-template <class Math>
-void pack_strip(const typename Math::Storage* from, int64_t stride, int64_t tokens,
-                int64_t features, typename Math::Packed* to, int64_t width) {
+template <class Math, class Value>
+void pack_strip(const Value* from, int64_t stride, int64_t tokens, int64_t features,
+                typename Math::Packed* to, int64_t width) {
   using Packed = typename Math::Packed;
   constexpr int L = kLanes<Packed>, kStep = L * Math::kDepth;
   for (int64_t feature = 0; feature < features; feature += kStep) {
@@ -64,15 +64,16 @@ bool streams(MutableDenseView y, int64_t tokens) {
          reinterpret_cast<uintptr_t>(y.data) % 64 == 0 && tokens * row_bytes >= kStreamBytes;
 }
 
-// Sums [outputs][width] -> [tokens][outputs], with the bias if there is one.
-template <class Math, bool kStream>
-void unpack_strip(const typename Math::Sum* from, int64_t width, int64_t tokens, int64_t outputs,
-                  const typename Math::Storage* bias, typename Math::Storage* to, int64_t stride) {
+// Sums [outputs][width] -> [tokens][outputs], after the epilogue of those from `first` on.
+template <class Math, bool kStream, class Value>
+void unpack_strip(const typename Math::Sum* from, int64_t width, int64_t tokens, int64_t first,
+                  int64_t outputs, const OutputEpilogue<Math, Value>& epilogue,
+                  typename Math::Storage* to, int64_t stride) {
   using Sum = typename Math::Sum;
   constexpr int L = kLanes<Sum>;
   for (int64_t output = 0; output < outputs; output += L) {
     const int64_t count = std::min<int64_t>(L, outputs - output);
-    const Vec<Sum> add = bias == nullptr ? Vec<Sum>{} : Math::load_sum(bias + output, count);
+    const auto finish = epilogue.lanes(first + output, count);
     for (int64_t token = 0; token < tokens; token += L) {
       Vec<Sum> square[L];
 #pragma GCC unroll 64
@@ -83,14 +84,14 @@ void unpack_strip(const typename Math::Sum* from, int64_t width, int64_t tokens,
 #pragma GCC unroll 64
         for (int i = 0; i < L; ++i) {
           if constexpr (kStream) {
-            Math::stream(row + i * stride, square[i] + add);
+            Math::stream(row + i * stride, finish(square[i]));
           } else {
-            Math::store(row + i * stride, square[i] + add);
+            Math::store(row + i * stride, finish(square[i]));
           }
         }
       } else {
         const int64_t rows = std::min<int64_t>(L, tokens - token);
-        for (int64_t i = 0; i < rows; ++i) Math::store(row + i * stride, square[i] + add, count);
+        for (int64_t i = 0; i < rows; ++i) Math::store(row + i * stride, finish(square[i]), count);
       }
     }
   }

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/math.h"
+#include "cpu/epilogue.h"
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 
@@ -183,30 +183,29 @@ struct Tile {
   }
 };
 
-// The sums of a tile as rows of `count` elements of an output, with the bias if there is one;
-// `past_caches` needs whole, aligned lines where `count` is whole.
-template <class Math, int kRows, int kVectors>
+// The sums of a tile as rows of the `count` outputs from `output` on; `past_caches` needs whole,
+// aligned lines where `count` is whole.
+template <class Math, int kRows, int kVectors, class Value>
 BLOCK_SPARSE_INLINE void store_rows(const Tile<Math, kRows, kVectors>& tile,
-                                    typename Math::Storage* to, int64_t stride, int64_t count,
-                                    const typename Math::Storage* bias, bool past_caches) {
+                                    typename Math::Storage* to, int64_t stride, int64_t output,
+                                    int64_t count, const OutputEpilogue<Math, Value>& epilogue,
+                                    bool past_caches) {
   using Sum = typename Math::Sum;
   constexpr int64_t L = kLanes<Sum>;
   const auto left = [&](int v) { return std::clamp<int64_t>(count - v * L, 0, L); };
   const auto at = [&](int row, int v) { return to + row * stride + v * L; };
-  Vec<Sum> add[kVectors] = {};
-  if (bias != nullptr) {
-    for (int v = 0; v < kVectors; ++v) add[v] = Math::load_sum(bias + v * L, left(v));
-  }
+  typename OutputEpilogue<Math, Value>::Lanes finish[kVectors];
+  for (int v = 0; v < kVectors; ++v) finish[v] = epilogue.lanes(output + v * L, left(v));
   if (count < kVectors * L) {
     tile.for_each([&](int row, int v, Vec<Sum> sum) BLOCK_SPARSE_INLINE_LAMBDA {
-      Math::store(at(row, v), sum + add[v], left(v));
+      Math::store(at(row, v), finish[v](sum), left(v));
     });
   } else if (past_caches) {
     tile.for_each([&](int row, int v, Vec<Sum> sum)
-                      BLOCK_SPARSE_INLINE_LAMBDA { Math::stream(at(row, v), sum + add[v]); });
+                      BLOCK_SPARSE_INLINE_LAMBDA { Math::stream(at(row, v), finish[v](sum)); });
   } else {
     tile.for_each([&](int row, int v, Vec<Sum> sum)
-                      BLOCK_SPARSE_INLINE_LAMBDA { Math::store(at(row, v), sum + add[v]); });
+                      BLOCK_SPARSE_INLINE_LAMBDA { Math::store(at(row, v), finish[v](sum)); });
   }
 }
 

@@ -24,8 +24,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-Refusal why_not(const ProductDesc&) { return std::nullopt; }
-
 int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
 
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
@@ -42,6 +40,6 @@ void run(const ProductDesc& desc, const ProductArgs& args, const Execution& exec
 
 }  // namespace
 
-Kernel reference() { return {"cuda_reference", why_not, workspace, run}; }
+Kernel reference() { return {"cuda_reference", why_not_served, workspace, run}; }
 
 }  // namespace block_sparse::cuda

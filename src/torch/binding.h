@@ -38,6 +38,8 @@ Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
 Tensor forward_packed(const Tensor& input, const Tensor& packed, const Tensor& index,
                       const std::optional<Tensor>& bias, int64_t out_features, int64_t block_out,
                       int64_t block_in);
+Tensor forward_int8(const Tensor& input, const Tensor& values, const Tensor& scales,
+                    const Tensor& index, const std::optional<Tensor>& bias, int64_t out_features);
 Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
                   int64_t in_features);
 Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor& index, int64_t nnz,
@@ -45,7 +47,8 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
 Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, int64_t nnz,
                   int64_t block_out, int64_t block_in);
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
-                    int64_t in_features, bool bias, bool packed);
+                    int64_t in_features, bool bias, bool packed,
+                    const std::optional<Tensor>& input);
 
 // Throws unless the dtype is one of ours.
 Dtype dtype_of(const char* name, const Tensor& tensor);

@@ -119,12 +119,18 @@ STABLE_TORCH_LIBRARY(block_sparse, m) {
   m.def(
       "forward_packed(Tensor input, Tensor packed, Tensor index, Tensor? bias, "
       "SymInt out_features, SymInt block_out, SymInt block_in) -> Tensor");
+  // Forward from int8 values [nnz, block_out, block_in] and float32 scales [out_features], by which
+  // the outputs are multiplied. No gradients.
+  m.def(
+      "forward_int8(Tensor input, Tensor values, Tensor scales, Tensor index, Tensor? bias, "
+      "SymInt out_features) -> Tensor");
   m.def("pack(Tensor values) -> Tensor");
   m.def("unpack(Tensor packed, SymInt block_out, SymInt block_in) -> Tensor");
-  // Which kernel would run, and why: for people.
+  // Which kernel would run, and why: for people. Where values are int8, `input` has the dtype of
+  // the rest.
   m.def(
       "explain(Tensor values, str product, int tokens, int out_features, int in_features, "
-      "bool bias, bool packed=False) -> str");
+      "bool bias, bool packed=False, Tensor? input=None) -> str");
   // Packed indices of new patterns; everything is validated.
   m.def("index_from_bsr(Tensor crow_indices, Tensor col_indices, SymInt block_cols) -> Tensor");
   // An index with what the kernels of its device plan for a block shape; on the CPU that is
@@ -143,6 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CPU, m) {
   m.impl("grad_input", TORCH_BOX(&binding::grad_input));
   m.impl("grad_weight", TORCH_BOX(&binding::grad_weight));
   m.impl("forward_packed", TORCH_BOX(&binding::forward_packed));
+  m.impl("forward_int8", TORCH_BOX(&binding::forward_int8));
   m.impl("pack", TORCH_BOX(&binding::pack));
   m.impl("unpack", TORCH_BOX(&binding::unpack));
   m.impl("explain", TORCH_BOX(&binding::explain));

@@ -102,6 +102,7 @@ namespace binding = block_sparse::binding;
 
 STABLE_TORCH_LIBRARY_IMPL(block_sparse, CUDA, m) {
   m.impl("forward", TORCH_BOX(&binding::OnDevice<&binding::forward>::call));
+  m.impl("forward_int8", TORCH_BOX(&binding::OnDevice<&binding::forward_int8>::call));
   m.impl("grad_input", TORCH_BOX(&binding::OnDevice<&binding::grad_input>::call));
   m.impl("grad_weight", TORCH_BOX(&binding::OnDevice<&binding::grad_weight>::call));
   m.impl("explain", TORCH_BOX(&binding::OnDevice<&binding::explain>::call));

@@ -57,6 +57,8 @@ int64_t common_alignment(std::initializer_list<uint64_t> addresses_and_strides) 
   return int64_t{1} << std::countr_zero(bits);
 }
 
+bool is_int8(const Tensor& values) { return values.scalar_type() == ScalarType::Char; }
+
 uint64_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 uint64_t stride_bytes(const ConstDenseView& view, Dtype dtype) {
@@ -167,21 +169,29 @@ void check_same_device(const char* name, const Tensor& tensor, const char* other
         name, ": is on ", device_name(tensor), ", but ", other_name, " on ", device_name(other));
 }
 
-// `packed`: values are [nnz, block_out * block_in] in packed order, else canonical.
-static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape block, bool packed,
-                         const Tensor& index, const std::optional<Tensor>& bias,
-                         int64_t out_features) {
+// What the weight of forward is stored in.
+struct Weight {
+  const Tensor& values;
+  BlockShape block;
+  bool packed = false;             // values are [nnz, block_out * block_in] in packed order
+  const Tensor* scales = nullptr;  // values are int8
+};
+
+static Tensor forward_of(const Tensor& input, const Weight& weight, const Tensor& index,
+                         const std::optional<Tensor>& bias, int64_t out_features) {
   check(input.dim() >= 1, "input: must have at least one dimension");
+  const auto& [values, block, packed, scales] = weight;
   ProductDesc desc;
   desc.product = Product::forward;
-  desc.dtype = dtype_of("values", values);
+  desc.int8 = scales != nullptr;
+  desc.dtype = desc.int8 ? dtype_of("input", input) : dtype_of("values", values);
   desc.packed = packed && packed_order(desc.dtype, block).strip > 0;
   desc.epilogue = bias ? Epilogue::bias : Epilogue::none;
   desc.out_features = check_features("out_features", out_features);
   desc.in_features = check_features("input", input.size(input.dim() - 1));
   desc.block = block;
   desc.nnz = values.size(0);
-  check_same("input", input, "values", values);
+  if (!desc.int8) check_same("input", input, "values", values);
   check_same_device("values", values, "input", input);
   check_index_tensor("index", index);
   check_same_device("index", index, "input", input);
@@ -195,13 +205,23 @@ static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape b
   args.x = x.view;
   args.weight = {pattern_of(index, desc), blocks.const_data_ptr()};
   desc.planned = args.weight.pattern.tiles != nullptr;
-  std::optional<Tensor> contiguous_bias;
+  // One for each output, on the device of the input.
+  const auto of_outputs = [&](const char* name, const Tensor& tensor) {
+    check_same_device(name, tensor, "input", input);
+    check(tensor.dim() == 1 && tensor.size(0) == out_features, name, ": must have shape [",
+          out_features, "], got ", describe(tensor));
+    return as_contiguous(tensor);
+  };
+  std::optional<Tensor> contiguous_scales, contiguous_bias;
+  if (desc.int8) {
+    check(scales->scalar_type() == ScalarType::Float, "scales: must be float32 [", out_features,
+          "], got ", describe(*scales));
+    contiguous_scales = of_outputs("scales", *scales);
+    args.weight.scales = static_cast<const float*>(contiguous_scales->const_data_ptr());
+  }
   if (bias) {
-    check_same("bias", *bias, "values", values);
-    check_same_device("bias", *bias, "input", input);
-    check(bias->dim() == 1 && bias->size(0) == out_features, "bias: must have shape [",
-          out_features, "], got ", describe(*bias));
-    contiguous_bias = as_contiguous(*bias);
+    check_same("bias", *bias, "input", input);
+    contiguous_bias = of_outputs("bias", *bias);
     args.bias = contiguous_bias->const_data_ptr();
   }
   Tensor output = allocate_like_rows(input, out_features);
@@ -211,14 +231,21 @@ static Tensor forward_of(const Tensor& input, const Tensor& values, BlockShape b
 
 Tensor forward(const Tensor& input, const Tensor& values, const Tensor& index,
                const std::optional<Tensor>& bias, int64_t out_features) {
-  return forward_of(input, values, block_shape_of(values), false, index, bias, out_features);
+  return forward_of(input, {values, block_shape_of(values)}, index, bias, out_features);
 }
 
 Tensor forward_packed(const Tensor& input, const Tensor& packed, const Tensor& index,
                       const std::optional<Tensor>& bias, int64_t out_features, int64_t block_out,
                       int64_t block_in) {
   const BlockShape block = block_shape_of_packed(packed, block_out, block_in);
-  return forward_of(input, packed, block, true, index, bias, out_features);
+  return forward_of(input, {packed, block, true}, index, bias, out_features);
+}
+
+Tensor forward_int8(const Tensor& input, const Tensor& values, const Tensor& scales,
+                    const Tensor& index, const std::optional<Tensor>& bias, int64_t out_features) {
+  check(is_int8(values), "values: must be int8 [nnz, block_out, block_in], got ", describe(values));
+  return forward_of(input, {values, block_shape_of(values), false, &scales}, index, bias,
+                    out_features);
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& index,
@@ -310,10 +337,14 @@ Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, i
 }
 
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
-                    int64_t in_features, bool bias, bool packed) {
+                    int64_t in_features, bool bias, bool packed,
+                    const std::optional<Tensor>& input) {
   ProductDesc desc;
   desc.product = product_from_string(product);
-  desc.dtype = dtype_of("values", values);
+  desc.int8 = is_int8(values);
+  check(!desc.int8 || (input && !packed),
+        "values: are int8; these are not packed, and an `input` has to say the dtype of the rest");
+  desc.dtype = desc.int8 ? dtype_of("input", *input) : dtype_of("values", values);
   desc.epilogue = bias && desc.product == Product::forward ? Epilogue::bias : Epilogue::none;
   check(tokens >= 0, "tokens: must be at least 0, got ", tokens);
   desc.tokens = tokens;

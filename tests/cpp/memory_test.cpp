@@ -14,16 +14,6 @@ namespace {
 constexpr Product kProducts[] = {Product::forward, Product::grad_input, Product::grad_weight};
 constexpr Dtype kDtypes[] = {Dtype::f64, Dtype::f32, Dtype::bf16, Dtype::f16};
 
-// Runs the parts in turn, last first: none may count on another.
-Execution in_parts(int threads) {
-  Execution execution;
-  execution.threads = threads;
-  execution.parallel_for = [](int64_t count, Execution::Body body, const void* context) {
-    for (int64_t i = count; i > 0; --i) body(context, i - 1, i);
-  };
-  return execution;
-}
-
 TEST(MemoryTest, LargeProductsInPartsAndChunks) {
   struct Shape {
     int64_t tokens, out, in;

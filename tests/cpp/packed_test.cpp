@@ -60,16 +60,6 @@ TEST(Packed, ThereAndBack) {
   }
 }
 
-// Two threads in turn, the later part first.
-Execution two_threads() {
-  Execution execution;
-  execution.threads = 2;
-  execution.parallel_for = [](int64_t count, Execution::Body body, const void* context) {
-    for (int64_t i = count; i > 0; --i) body(context, i - 1, i);
-  };
-  return execution;
-}
-
 TEST(Packed, ForwardIsExactOnSmallIntegers) {
   std::mt19937 generator(1);
   std::uniform_int_distribution<int> integer(-2, 2);
@@ -99,7 +89,7 @@ TEST(Packed, ForwardIsExactOnSmallIntegers) {
             if (kernel.why_not(problem.desc)) continue;
             SCOPED_TRACE(std::string(kernel.name) + ": " + to_string(problem.desc));
             EXPECT_EQ(result_of(kernel, problem, {}), expected);
-            EXPECT_EQ(result_of(kernel, problem, two_threads()), expected);
+            EXPECT_EQ(result_of(kernel, problem, in_parts(2)), expected);
             ++accepted;
           }
           EXPECT_GE(accepted, 2) << "one is the reference";

@@ -71,6 +71,7 @@ struct Problem {
   Pattern pattern;
   Dense x, dy;
   Numbers values, bias;
+  Numbers scales;  // of the outputs, where values are int8: powers of two, so that all stays exact
 };
 
 template <class Draw>
@@ -81,6 +82,7 @@ Problem make_problem(ProductDesc desc, Pattern pattern, Draw draw) {
                   std::move(pattern),
                   {desc.tokens, desc.in_features},
                   {desc.tokens, desc.out_features},
+                  {},
                   {},
                   {}};
   for (int64_t t = 0; t < desc.tokens; ++t) {
@@ -98,6 +100,9 @@ Problem make_problem(ProductDesc desc, Pattern pattern, Draw draw) {
     }
   }
   for (int64_t n = 0; n < desc.out_features; ++n) problem.bias.push_back(draw());
+  for (int64_t n = 0; n < desc.out_features && desc.int8; ++n) {
+    problem.scales.push_back(std::exp2(n % 4 - 2));
+  }
   for (Numbers* numbers :
        {&problem.x.numbers, &problem.dy.numbers, &problem.values, &problem.bias}) {
     *numbers = rounded(desc.dtype, *numbers);
@@ -134,7 +139,10 @@ inline Expected expected_of(Problem& p) {
           if (n >= desc.out_features || k >= desc.in_features) continue;
           for (int64_t t = 0; t < desc.tokens; ++t) {
             const auto at = [&](int64_t c) { return static_cast<size_t>(t * cols + c); };
-            if (desc.product == Product::forward) expected.add(at(n), p.x(t, k) * p.values[i]);
+            if (desc.product == Product::forward) {
+              const double scale = desc.int8 ? p.scales[static_cast<size_t>(n)] : 1;
+              expected.add(at(n), p.x(t, k) * p.values[i] * scale);
+            }
             if (desc.product == Product::grad_input) expected.add(at(k), p.dy(t, n) * p.values[i]);
             if (desc.product == Product::grad_weight) expected.add(i, p.dy(t, n) * p.x(t, k));
           }
@@ -148,6 +156,25 @@ inline Expected expected_of(Problem& p) {
   return expected;
 }
 
+// As int8, which has no NaN: what must not be read is something that shows.
+inline std::vector<int8_t> int8_of(const Numbers& numbers) {
+  std::vector<int8_t> result;
+  for (const double number : numbers) {
+    result.push_back(static_cast<int8_t>(std::isnan(number) ? 99 : number));
+  }
+  return result;
+}
+
+// Runs the parts in turn, last first: none may count on another.
+inline Execution in_parts(int threads) {
+  Execution execution;
+  execution.threads = threads;
+  execution.parallel_for = [](int64_t count, Execution::Body body, const void* context) {
+    for (int64_t i = count; i > 0; --i) body(context, i - 1, i);
+  };
+  return execution;
+}
+
 // Runs `kernel` on copies of the operands. The gaps of the output must come back untouched.
 inline Numbers result_of(const Kernel& kernel, Problem& p, const Execution& execution,
                          const PatternView& pattern) {
@@ -158,7 +185,8 @@ inline Numbers result_of(const Kernel& kernel, Problem& p, const Execution& exec
                desc.product == Product::forward ? desc.out_features : desc.in_features};
   if (sampled) output = {1, static_cast<int64_t>(p.values.size())};
   Buffer x(dtype, p.x.numbers), dy(dtype, p.dy.numbers), values(dtype, p.values),
-      bias(dtype, p.bias), out(dtype, output.numbers);
+      bias(dtype, p.bias), out(dtype, output.numbers), scales(Dtype::f32, p.scales);
+  std::vector<int8_t> int8_values = int8_of(desc.int8 ? p.values : Numbers());
 
   Buffer packed(dtype, p.values);
   if (desc.packed) pack(dtype, desc.block, desc.nnz, values.data(), packed.data());
@@ -167,6 +195,9 @@ inline Numbers result_of(const Kernel& kernel, Problem& p, const Execution& exec
   if (desc.product != Product::grad_input) args.x = {x.data(), p.x.stride};
   if (desc.product != Product::forward) args.dy = {dy.data(), p.dy.stride};
   args.weight = {pattern, sampled ? nullptr : desc.packed ? packed.data() : values.data()};
+  if (desc.int8) {
+    args.weight = {pattern, int8_values.data(), static_cast<const float*>(scales.data())};
+  }
   if (desc.epilogue == Epilogue::bias) args.bias = bias.data();
   args.output = {out.data(), output.stride};
   const auto alignment = std::align_val_t{64};

@@ -67,10 +67,6 @@ class ParallelLinear(BlockSparseLinear):
         whole = given.redistribute(placements=(Replicate(),))
         return whole.to_local(grad_placements=(Partial(),))
 
-    def prepack(self) -> Any:
-        """Refused: a prepacked layer has no collectives."""
-        raise ValueError("layer: is cut over ranks (tensor parallel) and cannot be prepacked")
-
     def extra_repr(self) -> str:
         """As of the part, plus where it lies in the whole."""
         start, stop = self._range

@@ -14,6 +14,7 @@ from ..pattern import Pattern, check_block_shape
 
 _INDICES = ("crow_indices", "col_indices")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_INT8 = "I8"
 _INTEGERS = {"I32", "I64"}
 
 
@@ -63,6 +64,10 @@ class Checkpoint:
         }
         return sorted(names)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the values of layer `name` are int8."""
+        return self._dtypes.get(f"{name}.values") == _INT8
+
     def pattern(self, name: str, shape: tuple[int, int], bias: bool) -> Pattern:
         """The pattern of layer `name`, on the CPU.
 
@@ -74,7 +79,8 @@ class Checkpoint:
         Raises:
             ValueError: tensors that are missing, or do not fit the model or each other.
         """
-        wanted = ["values", *_INDICES, *(["bias"] if bias else [])]
+        of_outputs = [*(["bias"] if bias else []), *(["scales"] if self.is_quantized(name) else [])]
+        wanted = ["values", *_INDICES, *of_outputs]
         missing = [part for part in wanted if f"{name}.{part}" not in self._files]
         if missing:
             raise ValueError(f"checkpoint: {name}: lacks {', '.join(missing)}")
@@ -88,8 +94,9 @@ class Checkpoint:
             columns = self._shapes[f"{name}.col_indices"]
             if columns != [nnz]:
                 raise ValueError(f"col_indices: values has {nnz} blocks, this {columns}")
-            if bias and self._shapes[f"{name}.bias"] != [shape[0]]:
-                raise ValueError(f"bias: must be [{shape[0]}], got {self._shapes[f'{name}.bias']}")
+            for part in of_outputs:
+                if (size := self._shapes[f"{name}.{part}"]) != [shape[0]]:
+                    raise ValueError(f"{part}: must be [{shape[0]}], got {size}")
             crow, col = (self._read(f"{name}.{part}") for part in _INDICES)
             with torch.device("cpu"):
                 return Pattern.from_bsr(crow, col, shape, block_shape)
@@ -98,6 +105,8 @@ class Checkpoint:
 
     def _check_dtypes(self, name: str) -> None:
         kinds = {"values": _FLOATS, **dict.fromkeys(_INDICES, _INTEGERS)}
+        if self.is_quantized(name):
+            kinds |= {"values": {_INT8}, "scales": {"F32"}}
         for part, known in kinds.items():
             dtype = self._dtypes[f"{name}.{part}"]
             if dtype not in known:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..linear import BlockSparseLinear
+from .._module import PatternModule
 from ..patch import BlockSparseModelPatcher
 from ..pattern import check_block_shape
 from ..prepacked import PrepackedLinear
@@ -95,7 +95,7 @@ def write_config(model: nn.Module) -> None:
         layers = {
             name: layer.block_shape
             for name, layer in module.named_modules(remove_duplicate=False)
-            if isinstance(layer, (BlockSparseLinear, PrepackedLinear))
+            if isinstance(layer, (PatternModule, PrepackedLinear))
         }
         method = _method(module.config)
         if layers and method not in (None, METHOD):

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
+from .._module import PatternModule
 from .._patchable import as_linear, linear_layers, replace, tied_parameters, why_not
 from .._progress import progress
 from ..linear import BlockSparseLinear
 from ..matrix import zero_outside_
 from ..patch import Planned
+from ..quantized import QuantizedBlockSparseLinear, check_scales
 from . import record_layers
 from ._names import Names
 from .checkpoint import Checkpoint
@@ -147,10 +149,10 @@ class BlockSparseQuantizer(HfQuantizer):
                 if layer.bias is not None and not getattr(layer.bias, "_is_hf_initialized", False):
                     layer.bias.zero_()
             for name, module in model.named_modules():
-                if isinstance(module, BlockSparseLinear):
+                if isinstance(module, PatternModule):
                     _finish(name, module)
-                    if module.values.dtype != model.dtype:
-                        module.register_forward_pre_hook(_cast_input)
+                if isinstance(module, BlockSparseLinear) and module.values.dtype != model.dtype:
+                    module.register_forward_pre_hook(_cast_input)
         record_layers(model)
         _make_ordinary(model)
 
@@ -182,7 +184,7 @@ class _Sparsify(ConversionOps):
         return rest
 
 
-def _on_meta(dense: nn.Linear, checkpoint: Checkpoint, name: str) -> BlockSparseLinear:
+def _on_meta(dense: nn.Linear, checkpoint: Checkpoint, name: str) -> PatternModule:
     shape = (dense.out_features, dense.in_features)
     pattern = checkpoint.pattern(name, shape, bias=dense.bias is not None)
     layer = BlockSparseLinear(
@@ -193,10 +195,10 @@ def _on_meta(dense: nn.Linear, checkpoint: Checkpoint, name: str) -> BlockSparse
         device="meta",
         dtype=dense.weight.dtype,
     )
-    return layer.train(dense.training)
+    return layer.quantize() if checkpoint.is_quantized(name) else layer.train(dense.training)
 
 
-def _finish(name: str, layer: BlockSparseLinear) -> None:
+def _finish(name: str, layer: PatternModule) -> None:
     """Makes what is in no checkpoint: the packed index, and zeros outside the matrix."""
     if layer.values.is_meta or layer.crow_indices.is_meta:  # offloaded: accelerate brings them
         return
@@ -204,6 +206,8 @@ def _finish(name: str, layer: BlockSparseLinear) -> None:
         pattern = layer._pattern_from_bsr(layer.crow_indices, layer.col_indices)
         if pattern.nnz != layer.block_count:
             raise ValueError(f"values has {layer.block_count} blocks, the indices {pattern.nnz}")
+        if isinstance(layer, QuantizedBlockSparseLinear):
+            check_scales(layer.scales)
     except ValueError as error:
         raise ValueError(f"checkpoint: {name}: {error}") from error
     layer._set_pattern(pattern)

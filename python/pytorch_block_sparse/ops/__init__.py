@@ -14,7 +14,8 @@ grad_weight  dW = dyt x at the present blocks     forward(x, G)            grad_
 ===========  ===================================  =======================  =======================
 
 ``forward_packed`` is ``forward`` for serving on the CPU, without gradients: its values are in the
-order of ``pack``, which ``unpack`` undoes.
+order of ``pack``, which ``unpack`` undoes. ``forward_int8`` is ``forward`` for serving, without
+gradients: its values are int8, and each output is multiplied by a float32 scale of its own.
 """
 
 import torch
@@ -23,11 +24,20 @@ from torch import Tensor
 from . import _fakes  # noqa: F401  (registers them)
 from ._autocast import autocast_operands
 from ._autograd import EagerLinear
-from ._products import forward, forward_packed, grad_input, grad_weight, pack, unpack
+from ._products import (
+    forward,
+    forward_int8,
+    forward_packed,
+    grad_input,
+    grad_weight,
+    pack,
+    unpack,
+)
 from ._transforms import GradInput, is_transformed, transformable_linear
 
 __all__ = [
     "forward",
+    "forward_int8",
     "forward_packed",
     "grad_input",
     "grad_weight",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._products import forward, forward_packed, grad_input, grad_weight
+from ._products import forward, forward_int8, forward_packed, grad_input, grad_weight
 
 
 def autocast_operands(device_type: str, *operands: Tensor | None) -> list[Tensor | None]:
@@ -48,7 +48,20 @@ def _register_autocast(device_type: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(below):
             return forward_packed(input, packed, *rest)
 
+    def autocast_int8(
+        input: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        index: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
+        cast_input, cast_bias = autocast_operands(device_type, input, bias)  # the scales stay
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return forward_int8(cast_input, values, scales, index, cast_bias, out_features)
+
     _autocast_library.impl("forward_packed", autocast_packed, key)
+    _autocast_library.impl("forward_int8", autocast_int8, key)
     register("forward", forward)
     register("grad_input", grad_input)
     register("grad_weight", grad_weight)

@@ -42,6 +42,24 @@ def _forward_packed_fake(
     return input.new_empty((*input.shape[:-1], out_features))
 
 
+@torch.library.register_fake("block_sparse::forward_int8")
+def _forward_int8_fake(
+    input: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    for name, tensor, dtype in (("values", values, torch.int8), ("scales", scales, torch.float32)):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: must be {dtype}, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: is on {tensor.device}, but input on {input.device}")
+    _check_fake(index, input=input, bias=bias)
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
 @torch.library.register_fake("block_sparse::pack")
 def _pack_fake(values: Tensor) -> Tensor:
     if values.dim() != 3:

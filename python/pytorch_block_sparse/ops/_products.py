@@ -3,6 +3,7 @@
 import torch
 
 forward = torch.ops.block_sparse.forward.default
+forward_int8 = torch.ops.block_sparse.forward_int8.default
 forward_packed = torch.ops.block_sparse.forward_packed.default
 grad_input = torch.ops.block_sparse.grad_input.default
 grad_weight = torch.ops.block_sparse.grad_weight.default

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._products import forward, forward_packed, grad_input, grad_weight
+from ._products import forward, forward_int8, forward_packed, grad_input, grad_weight
 
 
 def is_transformed() -> bool:
@@ -135,5 +135,6 @@ def _register_vmap(name: str, product: Callable[..., Tensor], tokens_first: bool
 
 _register_vmap("forward", forward, tokens_first=True)
 _register_vmap("forward_packed", forward_packed, tokens_first=True)
+_register_vmap("forward_int8", forward_int8, tokens_first=True)
 _register_vmap("grad_input", grad_input, tokens_first=True)
 _register_vmap("grad_weight", grad_weight, tokens_first=False)

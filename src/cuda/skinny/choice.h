@@ -29,20 +29,28 @@ constexpr int shared_bytes(int unit_outputs, int tokens) {
 }
 
 // A warp multiplies units: kOutputs outputs by kDepth inputs of a block, for all tokens at once.
-// Transposed (grad_input), the outputs of the product are the inputs of the block.
-template <class Element, bool kTransposedBlock, int kUnitOutputs, int kUnitDepth, int kMaxTokens>
+// Transposed (grad_input), the outputs of the product are the inputs of the block. Values are of
+// the type of the rest, or int8 with a scale for each output.
+template <class Element, class StoredValue, bool kTransposedBlock, int kUnitOutputs, int kUnitDepth,
+          int kMaxTokens>
 struct Choice {
   using T = Element;
+  using Value = StoredValue;
+  static constexpr bool kScaled = !std::is_same_v<T, Value>;
   static constexpr bool kTransposed = kTransposedBlock;
   static constexpr int kOutputs = kUnitOutputs;
   static constexpr int kDepth = kUnitDepth;
   static constexpr int kTokens = kMaxTokens;
 
-  static constexpr int kUnitBytes = kOutputs * kDepth * static_cast<int>(sizeof(T));
-  static constexpr int kUnits = kStageBytes / kUnitBytes;  // of a stage
+  // A stage is as many units for int8, which are smaller: so there is room for more stages.
+  static constexpr int kValuesOfElement = static_cast<int>(sizeof(T) / sizeof(Value));
+  static constexpr int kUnitBytes = kOutputs * kDepth * static_cast<int>(sizeof(Value));
+  static constexpr int kUnits = kStageBytes / kUnitBytes / kValuesOfElement;  // of a stage
   static constexpr int kWarps = config_for(kTokens).warps;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStages = config_for(kTokens).stages;
+  static constexpr int kStages = config_for(kTokens).stages * kValuesOfElement;
+  static_assert(kStages * kUnits <= 32, "no further than Places looks ahead");
+  static_assert(!kScaled || !kTransposed, "int8 values are read in forward only");
 
   // Sums of a warp: four of each lane for every 16 outputs x 8 tokens.
   static constexpr int kHigh = kOutputs / 16;

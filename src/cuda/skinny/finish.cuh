@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int piece = i / 32;  // [strip][kHigh][kWide]
   const int output =
       row_of<C>(params, units_of_cta(params, first + 1).begin) * params.block_outputs;
-  store<typename C::T>(params, piece % C::kWide * 8, output + piece / C::kWide * 16, sums,
-                       threadIdx.x % 32);
+  store<C>(params, piece % C::kWide * 8, output + piece / C::kWide * 16, sums, threadIdx.x % 32);
 }
 
 }  // namespace block_sparse::cuda::skinny

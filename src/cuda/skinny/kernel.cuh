@@ -124,7 +124,7 @@ class Worker {
     }
     const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
     sums_.for_each([&](float4& sums, int i, int j) {
-      store<typename C::T>(params_, 8 * j, output + 16 * i, sums, lane_);
+      store<C>(params_, 8 * j, output + 16 * i, sums, lane_);
     });
   }
 

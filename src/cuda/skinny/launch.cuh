@@ -25,6 +25,7 @@ inline Params params_of(const ProductDesc& desc, const ProductArgs& args, const 
   params.output_blocks = forward ? pattern.row : pattern.col;
   params.starts = forward ? pattern.crow : pattern.ccol;
   params.x = x.data;
+  params.scales = args.weight.scales;
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
   params.output = args.output.data;
   params.x_stride = x.row_stride;
@@ -97,12 +98,12 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   check_cuda(cudaLaunchKernelEx(&config, finish_kernel<C>, params), "cuda_skinny");
 }
 
-template <class T>
+template <class T, class Value = T>
 void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
   const Plan plan = plan_of(desc, multiprocessors());
   const auto with_tokens = [&]<bool kTransposed, int kOutputs, int kDepth>() {
     const auto run = [&]<int kTokens>() {
-      using C = Choice<T, kTransposed, kOutputs, kDepth, kTokens>;
+      using C = Choice<T, Value, kTransposed, kOutputs, kDepth, kTokens>;
       launch_choice<C>(desc, args, plan, stream);
     };
     switch (padded_tokens(desc.tokens)) {
@@ -128,8 +129,10 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
     plan.unit_outputs == 32 ? with_unit.template operator()<kTransposed, 32>()
                             : with_unit.template operator()<kTransposed, 16>();
   };
-  desc.product == Product::forward ? with_product.template operator()<false>()
-                                   : with_product.template operator()<true>();
+  if constexpr (std::is_same_v<T, Value>) {
+    if (desc.product == Product::grad_input) return with_product.template operator()<true>();
+  }
+  with_product.template operator()<false>();
 }
 
 }  // namespace block_sparse::cuda::skinny

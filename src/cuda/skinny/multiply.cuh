@@ -5,6 +5,7 @@
 // outside the matrix counts as zero in both, whatever is stored there.
 #pragma once
 
+#include "cuda/skinny/int8.cuh"
 #include "cuda/skinny/params.h"
 #include "cuda/skinny/tile.cuh"
 
@@ -86,16 +87,37 @@ class Multiply {
   // Outputs lane / 4 and lane / 4 + 8 of the i-th 16.
   __device__ static __forceinline__ void load_rows(uint32_t (&a)[kProducts][4], const Tile<C>& tile,
                                                    int i, int lane) {
-    const int row = 16 * i + lane / 4, byte = lane % 4 * (C::kDepth / 2);
+    constexpr int kBytes =
+        C::kDepth / 4 * static_cast<int>(sizeof(typename C::Value));  // of a lane
+    const int row = 16 * i + lane / 4, byte = lane % 4 * kBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int offset = Tile<C>::offset(row + 8 * half, byte / 16) + byte % 16;
-      const Word word = *reinterpret_cast<const Word*>(tile.bytes + offset);
+      const Word word = load_word(tile.bytes + offset);
 #pragma unroll
       for (int h = 0; h < kProducts; ++h) {
         a[h][half] = word.pairs[2 * h];
         a[h][2 + half] = word.pairs[2 * h + 1];
       }
+    }
+  }
+
+  __device__ static __forceinline__ Word load_word(const unsigned char* from) {
+    if constexpr (!C::kScaled) {
+      return *reinterpret_cast<const Word*>(from);
+    } else {
+      struct alignas(4 * kProducts) Int8Word {
+        uint32_t values[kProducts];
+      };
+      const Int8Word stored = *reinterpret_cast<const Int8Word*>(from);
+      Word word;
+#pragma unroll
+      for (int h = 0; h < kProducts; ++h) {
+        const uint2 pairs = widen_to_pairs<T>(stored.values[h]);
+        word.pairs[2 * h] = pairs.x;
+        word.pairs[2 * h + 1] = pairs.y;
+      }
+      return word;
     }
   }
 
@@ -167,6 +189,9 @@ class Multiply<C> {
         return *reinterpret_cast<const float*>(tile.bytes + offset);
       };
       return {one(k), one(k + 1), one(k + 2), one(k + 3)};
+    } else if constexpr (C::kScaled) {
+      const int offset = Tile<C>::offset(output, k / 16) + k % 16;
+      return widen_to_floats(*reinterpret_cast<const uint32_t*>(tile.bytes + offset));
     } else {
       return *reinterpret_cast<const float4*>(tile.bytes + Tile<C>::offset(output, k / 4));
     }

@@ -45,6 +45,7 @@ struct Params {
   const int32_t* output_blocks;  // by block, not entry: where it lies along the outputs
   const int32_t* starts;         // [output_grid + 1], first entry of each
   const void* x;                 // [tokens, depth]
+  const float* scales;           // [outputs], where values are int8
   const void* bias;              // [outputs], or null
   void* output;                  // [tokens, outputs]
   int64_t x_stride;

@@ -18,6 +18,7 @@ Refusal why_not(const ProductDesc& desc) {
   using skinny::kMaxTokens;
   if (desc.product == Product::grad_weight) return "computes forward and grad_input only";
   if (desc.packed) return "takes values in canonical order";
+  if (Refusal refusal = why_not_served(desc)) return refusal;
   if (desc.dtype == Dtype::f64) return "dtype is f64; it takes f32, bf16 and f16";
   if (desc.nnz == 0 || desc.tokens == 0) return "there is nothing to multiply";
   if (desc.tokens > kMaxTokens) {
@@ -64,6 +65,7 @@ int64_t workspace(const ProductDesc& desc, const Execution&) {
 
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   const cudaStream_t stream = stream_of(execution.stream);
+  if (desc.int8) return skinny::launch_int8(desc, args, stream);
   switch (desc.dtype) {
     case Dtype::bf16:
       return skinny::launch_bf16(desc, args, stream);

@@ -1,4 +1,4 @@
-// From sums to the output: bias, rounding, and nothing that lies outside.
+// From sums to the output: scale, bias, rounding, and nothing that lies outside.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,22 +26,38 @@ __device__ __forceinline__ float bias_of(const Params& params, int output) {
   return load<float>(static_cast<const T*>(params.bias)[output]);
 }
 
+// y = sum + bias, and where values are int8: y = scale * sum + bias.
+template <class C>
+struct OutputEpilogue {
+  float scale = 1, bias;
+
+  __device__ __forceinline__ OutputEpilogue(const Params& params, int output)
+      : bias(bias_of<typename C::T>(params, output)) {
+    if constexpr (C::kScaled) {
+      if (output < params.outputs) scale = params.scales[output];
+    }
+  }
+  __device__ __forceinline__ typename C::T operator()(float sum) const {
+    return narrow<typename C::T>(C::kScaled ? scale * sum + bias : sum + bias);
+  }
+};
+
 // A lane's part of 16 outputs x 8 tokens, from `output` and `token` on.
-template <class T>
+template <class C>
 __device__ __forceinline__ void store(const Params& params, int token, int output, float4 sums,
                                       int lane) {
   token += lane % 4 * 2;
   output += lane / 4;
-  T* to = static_cast<T*>(params.output) + token * params.output_stride + output;
+  auto* to = static_cast<typename C::T*>(params.output) + token * params.output_stride + output;
   const bool first = token < params.tokens, second = token + 1 < params.tokens;
-  const float low = bias_of<T>(params, output), high = bias_of<T>(params, output + 8);
+  const OutputEpilogue<C> low(params, output), high(params, output + 8);
   if (output < params.outputs) {
-    if (first) to[0] = narrow<T>(sums.x + low);
-    if (second) to[params.output_stride] = narrow<T>(sums.y + low);
+    if (first) to[0] = low(sums.x);
+    if (second) to[params.output_stride] = low(sums.y);
   }
   if (output + 8 < params.outputs) {
-    if (first) to[8] = narrow<T>(sums.z + high);
-    if (second) to[params.output_stride + 8] = narrow<T>(sums.w + high);
+    if (first) to[8] = high(sums.z);
+    if (second) to[params.output_stride + 8] = high(sums.w);
   }
 }
 

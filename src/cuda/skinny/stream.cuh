@@ -102,13 +102,13 @@ using Ring = Tile<C>[C::kStages][C::kUnits];
 
 template <class C>
 class Stream {
-  using T = typename C::T;
+  using Value = typename C::Value;
 
  public:
   __device__ Stream(const Params& params, const Places<C>& places, Ring<C>& ring, int units,
                     int strip, int lane)
       : places_(places), ring_(ring), pitch_(params.block_pitch), lane_(lane), units_(units) {
-    values_ = static_cast<const T*>(params.values) +
+    values_ = static_cast<const Value*>(params.values) +
               strip * C::kOutputs * (C::kTransposed ? 1 : pitch_) +
               Tile<C>::first_element(pitch_, lane);
 #pragma unroll 1
@@ -141,7 +141,7 @@ class Stream {
 
   const Places<C>& places_;
   Ring<C>& ring_;
-  const T* values_;
+  const Value* values_;
   const int pitch_;
   const int lane_;
   const int units_;

@@ -13,7 +13,7 @@ struct Tile {
   static constexpr int kRows = C::kTransposed ? C::kDepth : C::kOutputs;
   static constexpr int kRowBytes = C::kUnitBytes / kRows;
   static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(typename C::T));
+  static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(typename C::Value));
 
   alignas(128) unsigned char bytes[C::kUnitBytes];
 
@@ -34,9 +34,10 @@ struct Tile {
   }
 
   // The whole warp; `from`: the unit's first element, first_element further.
-  __device__ void copy(const typename C::T* from, int pitch, int lane) {
+  __device__ void copy(const typename C::Value* from, int pitch, int lane) {
     constexpr int kRowsAtOnce = 32 / kChunks;
     const uint32_t to = ptx::address_of(bytes);
+    if (kRows < kRowsAtOnce && lane / kChunks >= kRows) return;  // a unit of 16 x 16 int8
 #pragma unroll
     for (int row = 0; row < kRows; row += kRowsAtOnce) {
       ptx::copy_16_bytes(to + offset(row + lane / kChunks, lane % kChunks),

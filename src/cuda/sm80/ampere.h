@@ -11,6 +11,7 @@ namespace block_sparse::cuda::sm80 {
 
 // Copies move 16 bytes, the tensor cores multiply 16 x 16, and coordinates are 32-bit.
 inline Refusal why_not_ampere(const ProductDesc& desc) {
+  if (desc.int8) return "values are int8; it takes those of the dtype of the rest";
   if (desc.dtype != Dtype::bf16 && desc.dtype != Dtype::f16) {
     return concat("dtype is ", to_string(desc.dtype), "; it takes bf16 and f16");
   }

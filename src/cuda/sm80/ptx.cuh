@@ -30,16 +30,19 @@ __device__ inline void copy_if(bool wanted, uint32_t to, const void* from, bool 
       : "memory");
 }
 
-// A word of shared memory, which other threads write between barriers.
+// Two words of shared memory, which other threads write between barriers.
 
-__device__ inline void store(uint32_t to, uint32_t value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+__device__ inline void store(uint32_t to, uint32_t first, uint32_t second) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
 }
 
-__device__ inline uint32_t load(uint32_t from) {
-  uint32_t value;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-  return value;
+__device__ inline uint2 load(uint32_t from) {
+  uint2 words;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "r"(from)
+               : "memory");
+  return words;
 }
 
 // Barriers in shared memory. A wait names the parity of the phase that it waits for.

@@ -26,6 +26,8 @@ constexpr int kThreads = kOutWarps * (kInUnits / kWarpUnits) * kWarp;
 
 // A stage of 32 tokens; four fit the 99 KB that a multiprocessor of 8.6 or 8.9 gives.
 constexpr int kStageTokens = 32, kStages = 4;
+constexpr int kParts = kStageTokens / 16;  // of a stage
+static_assert(kParts % 2 == 0, "two fragments take turns");
 constexpr int kOutRow = kTileOut * 2, kInRow = kTileIn * 2;  // bytes
 constexpr int kStageBytes = kStageTokens * (kOutRow + kInRow);
 
@@ -102,21 +104,22 @@ __device__ inline void describe_run(const Args& args, int64_t begin, int64_t end
 
 template <class T>
 class TileProduct {
+  static constexpr uint32_t kAllOwned = (1u << kWarpUnits * kWarpUnits) - 1;
+
  public:
-  __device__ TileProduct(const Args& args, Shared& shared) : args_(args), shared_(shared) {}
+  __device__ TileProduct(const Args& args, Shared& shared)
+      : args_(args), shared_(shared), stages_(ptx::address_of(shared.stages)) {
+    const int row = lane_ % 8;  // of a matrix
+    const auto chunk = [&](int unit, int second) { return (unit * 2 + second ^ row) * 16; };
+    dy_ = (lane_ / 16 * 8 + row) * kOutRow + chunk(out_unit_, lane_ / 8 % 2);
+    x_ = (lane_ / 8 % 2 * 8 + row) * kInRow + chunk(in_unit_, lane_ / 16) + kStageTokens * kOutRow;
+  }
 
   // What is described in shared memory.
   __device__ void run() {
     __syncthreads();
     clear();
-    const int steps = static_cast<int>(ceil_div(args_.tokens, kStageTokens));
-    for (int step = 0; step < kStages - 1; ++step) load(step, step < steps);
-    for (int step = 0; step < steps; ++step) {
-      ptx::wait_for_copies<kStages - 2>();
-      __syncthreads();  // all have loaded this stage, and read the one before
-      load(step + kStages - 1, step + kStages - 1 < steps);
-      multiply(step % kStages);
-    }
+    owned_ == kAllOwned ? sum<true>() : sum<false>();
     store();
     __syncthreads();  // before the next tile is described
   }
@@ -136,63 +139,107 @@ class TileProduct {
     }
   }
 
-  // Threads side by side copy 16 bytes each of a token's features.
+  // An operand on its way to shared memory. Threads side by side copy 16 bytes each of a token's
+  // features, of some tokens at once.
   template <int kUnits>
-  __device__ void load_operand(uint32_t to, const void* from, int64_t stride, const int* first,
-                               int features, int token) const {
-    constexpr int kChunks = kUnits * 2, kRows = kThreads / kChunks;
+  class Source {
+    static constexpr int kChunks = kUnits * 2, kRows = kThreads / kChunks;
     static_assert(kRows % 8 == 0, "all rows of a thread share a swizzle");
-    const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
-    const int feature = first[chunk / 2] + chunk % 2 * 8;
-    const int rows = feature < features ? args_.tokens - token - row : 0;
-    const T* source = static_cast<const T*>(from) + (token + row) * stride + feature;
-    to += (row * kChunks + (chunk ^ row % 8)) * 16;
-#pragma unroll
-    for (int i = 0; i < kStageTokens / kRows; ++i) {
-      ptx::copy(to + i * kRows * kChunks * 16, source + i * kRows * stride, i * kRows < rows);
-    }
-  }
 
-  __device__ void load(int step, bool wanted) const {
-    if (wanted) {
-      const uint32_t to = ptx::address_of(shared_.stages[step % kStages]);
-      const int token = step * kStageTokens;
-      load_operand<kOutUnits>(to, args_.dy, args_.dy_stride, shared_.out, args_.out_features,
-                              token);
-      load_operand<kInUnits>(to + kStageTokens * kOutRow, args_.x, args_.x_stride, shared_.in,
-                             args_.in_features, token);
+   public:
+    __device__ Source(const void* from, int64_t stride, const int* first, int features, int tokens)
+        : stride_(kRows * stride) {
+      const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
+      const int feature = first[chunk / 2] + chunk % 2 * 8;
+      from_ = static_cast<const T*>(from) + row * stride + feature;
+      rows_ = feature < features ? tokens - row : 0;
+      to_ = (row * kChunks + (chunk ^ row % 8)) * 16;
     }
-    ptx::commit_copies();
-  }
 
-  __device__ void multiply(int stage) {
-    const uint32_t dy = ptx::address_of(shared_.stages[stage]), x = dy + kStageTokens * kOutRow;
+    // The next stage of them.
+    __device__ __forceinline__ void load(uint32_t to) {
 #pragma unroll
-    for (int k = 0; k < kStageTokens; k += 16) {
-      // Tokens are rows in memory, and read transposed. Of dyt, matrices (m, k), (m + 8, k), (m, k
-      // + 8), (m + 8, k + 8); of x, (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
-      const uint32_t dy_row = dy + (k + lane_ / 16 * 8 + lane_ % 8) * kOutRow;
-      const uint32_t x_row = x + (k + lane_ / 8 % 2 * 8 + lane_ % 8) * kInRow;
-      uint32_t a[kWarpUnits][4];
-#pragma unroll
-      for (int m = 0; m < kWarpUnits; ++m) {
-        const int chunk = (out_unit_ + m) * 2 + lane_ / 8 % 2;
-        ptx::load_matrices<true>(a[m], dy_row + (chunk ^ lane_ % 8) * 16);
+      for (int i = 0; i < kStageTokens / kRows; ++i) {
+        ptx::copy(to + to_ + i * kRows * kChunks * 16, from_, i * kRows < rows_);
+        from_ += stride_;
       }
+      rows_ -= kStageTokens;
+    }
+
+   private:
+    const T* from_;
+    int64_t stride_;  // of the rows of a thread
+    int rows_;        // left
+    uint32_t to_;     // in a stage
+  };
+
+  // What a warp multiplies at once: 16 tokens.
+  struct Fragments {
+    uint32_t dy[kWarpUnits][4], x[kWarpUnits][4];
+  };
+
+  template <bool kAll>
+  __device__ __forceinline__ void sum() {
+    const int steps = static_cast<int>(ceil_div(args_.tokens, kStageTokens));
+    Source<kOutUnits> dy(args_.dy, args_.dy_stride, shared_.out, args_.out_features, args_.tokens);
+    Source<kInUnits> x(args_.x, args_.x_stride, shared_.in, args_.in_features, args_.tokens);
+    const auto load = [&](int step) {
+      if (step < steps) {
+        const uint32_t to = stages_ + step % kStages * kStageBytes;
+        dy.load(to);
+        x.load(to + kStageTokens * kOutRow);
+      }
+      ptx::commit_copies();
+    };
+    for (int step = 0; step < kStages - 1; ++step) load(step);
+    Fragments fragments[2];  // to multiply, and on their way
+    ptx::wait_for_copies<kStages - 2>();
+    __syncthreads();
+    read(fragments[0], 0, 0);
+    for (int step = 0; step < steps; ++step) {
+      load(step + kStages - 1);
 #pragma unroll
-      for (int n = 0; n < kWarpUnits; ++n) {
-        constexpr uint32_t kAll = (1u << kWarpUnits) - 1;
-        const uint32_t owned = owned_ >> n * kWarpUnits & kAll;
-        if (owned == 0) continue;
-        const int chunk = (in_unit_ + n) * 2 + lane_ / 16;
-        uint32_t b[4];
-        ptx::load_matrices<true>(b, x_row + (chunk ^ lane_ % 8) * 16);
+      for (int part = 0; part < kParts; ++part) {
+        if (part < kParts - 1) {
+          read(fragments[(part + 1) % 2], step % kStages, (part + 1) * 16);
+        } else {
+          ptx::wait_for_copies<kStages - 2>();
+          __syncthreads();  // all have loaded the next stage, and read this one
+          read(fragments[(part + 1) % 2], (step + 1) % kStages, 0);
+        }
+        multiply<kAll>(fragments[part % 2]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void read(Fragments& to, int stage, int token) const {
+    // Tokens are rows in memory, and read transposed. Of dyt, matrices (m, k), (m + 8, k), (m, k
+    // + 8), (m + 8, k + 8); of x, (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
+    const uint32_t from = stages_ + stage * kStageBytes;
 #pragma unroll
-        for (int m = 0; m < kWarpUnits; ++m) {
-          // Most tiles own most: a test for each costs more than it saves, half at a time do not.
-          if ((owned >> m / 2 * 2 & 3) == 0) continue;
-          ptx::multiply<T>(sums_[m][n * 2], a[m], b[0], b[1]);
-          ptx::multiply<T>(sums_[m][n * 2 + 1], a[m], b[2], b[3]);
+    for (int i = 0; i < kWarpUnits; ++i) {  // two chunks further along: swizzled, two bits
+      ptx::load_matrices<true>(to.dy[i], (from + dy_ + token * kOutRow) ^ i * 32);
+    }
+#pragma unroll
+    for (int i = 0; i < kWarpUnits; ++i) {
+      ptx::load_matrices<true>(to.x[i], (from + x_ + token * kInRow) ^ i * 32);
+    }
+  }
+
+  // kAll: the warp owns all that it can.
+  template <bool kAll>
+  __device__ __forceinline__ void multiply(const Fragments& fragments) {
+#pragma unroll
+    for (int n = 0; n < kWarpUnits; ++n) {
+#pragma unroll
+      for (int m = 0; m < kWarpUnits; m += 2) {
+        // Most tiles own most: a test for each costs more than it saves, half at a time do not.
+        if (!kAll && (owned_ >> (n * kWarpUnits + m) & 3) == 0) continue;
+#pragma unroll
+        for (int i = m; i < m + 2; ++i) {
+          ptx::multiply<T>(sums_[i][n * 2], fragments.dy[i], fragments.x[n][0], fragments.x[n][1]);
+          ptx::multiply<T>(sums_[i][n * 2 + 1], fragments.dy[i], fragments.x[n][2],
+                           fragments.x[n][3]);
         }
       }
     }
@@ -225,6 +272,8 @@ class TileProduct {
 
   const Args& args_;
   Shared& shared_;
+  const uint32_t stages_;
+  uint32_t dy_, x_;  // where this lane reads in a stage
   const int lane_ = threadIdx.x % kWarp;
   const int out_unit_ = threadIdx.x / kWarp % kOutWarps * kWarpUnits;
   const int in_unit_ = threadIdx.x / kWarp / kOutWarps * kWarpUnits;

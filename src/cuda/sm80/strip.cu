@@ -54,7 +54,7 @@ PlanLayout plan_layout(const ProductDesc& desc) {
   PlanLayout layout;
   layout.depth_stages = ceil_div(depth, kStageDepth);
   layout.size = desc.nnz * (desc.block.out * desc.block.in / piece_size(desc));
-  layout.counts_at = panels * layout.depth_stages * static_cast<int64_t>(sizeof(PlannedStage));
+  layout.counts_at = panels * 2 * layout.depth_stages * static_cast<int64_t>(sizeof(PlannedStage));
   layout.sources_at = layout.counts_at + panels * static_cast<int64_t>(sizeof(int32_t));
   layout.bytes = layout.sources_at + layout.size * static_cast<int64_t>(sizeof(int32_t));
   return layout;

@@ -3,10 +3,9 @@
 //
 // A CTA computes tiles of some tokens x some neighbouring strips of outputs, which may belong to
 // different block rows. The sum goes through a ring of stages: x, at the places along the depth
-// where at least one block row has a block, and the pieces of W that are present there, in a ring
-// of their own. So nothing is multiplied for absent blocks, and loading the next tile overlaps with
-// the end of the last. What is present where is planned before (strip_plan.cuh), once for all
-// tokens.
+// where at least one block row has a block, and the pieces of W that are present there. So nothing
+// is multiplied for absent blocks, and loading the next tile overlaps with the end of the last.
+// What is present where is planned before (strip_plan.cuh), once for all tokens.
 #pragma once
 
 #include "cuda/fragment.cuh"
@@ -22,13 +21,11 @@ class Multiplier {
   static constexpr int kChunks = (kTransposed ? Piece::kOutputs : Piece::kDepth) / 8;
 
  public:
-  __device__ Multiplier(const StripArgs& args, StageRing ring, Shared& shared)
-      : args_(args), ring_(ring) {
+  __device__ Multiplier(const StripArgs& args, StageRing ring) : args_(args), ring_(ring) {
     // Of a fragment of 16 outputs (n) x 16 of the depth (k): matrices (n, k), (n, k + 8), (n + 8,
     // k), (n + 8, k + 8).
     const int n = lane_ / 16 * 8, k = lane_ / 8 % 2 * 8;
     weights_ =
-        ptx::address_of(shared.weights[half_]) +
         place_in_piece<kChunks>((kTransposed ? k : n) + lane_ % 8, (kTransposed ? n : k) / 8);
     x_ = (token_group_ * kWarpTokens + lane_ % 16) * kRowBytes + (lane_ / 16 ^ lane_ % 8) * 16;
   }
@@ -39,14 +36,16 @@ class Multiplier {
       const TilePlace place = place_of(args_, tile);
       for (int left = __ldg(args_.plan.counts + place.panel); left > 0; --left) {
         ptx::wait(ring_.full(), ring_.phase());
-        const uint32_t all = ptx::load(ring_.masks() + half_ * 4);
-        const int first_bit = output_group_ % kHalfGroups * Piece::kWarpBits;
-        const uint32_t mask = all >> first_bit & ((1u << Piece::kWarpBits) - 1);
-        if (mask != 0) multiply_stage(mask, taken_ + __popc(all & ((1u << first_bit) - 1)));
-        taken_ += __popc(all);
+        const uint2 masks = ptx::load(ring_.masks());
+        const uint32_t all = half_ > 0 ? masks.y : masks.x;
+        const uint32_t mask = all >> first_bit_ & Piece::kWarpMask;
+        if (mask != 0) {
+          multiply_stage(
+              mask, (half_ > 0 ? __popc(masks.x) : 0) + __popc(all & ((1u << first_bit_) - 1)));
+        }
         __syncwarp();
         if (lane_ == 0) ptx::arrive(ring_.empty());
-        ring_.advance();
+        ring_.advance(1);
       }
       store(place);
     }
@@ -64,8 +63,9 @@ class Multiplier {
     }
   }
 
-  // `piece`: the number of the first in the ring.
-  __device__ __forceinline__ void multiply_stage(uint32_t mask, uint32_t piece) {
+  // `rank`: of the first piece in the stage.
+  __device__ __forceinline__ void multiply_stage(uint32_t mask, int rank) {
+    uint32_t piece = ring_.weights() + weights_ + rank * Piece::kBytes;
     constexpr uint32_t kStripMask = (1u << Piece::kWarpStrips) - 1;
 #pragma unroll
     for (int part = 0; part < Piece::kParts; ++part) {
@@ -75,12 +75,12 @@ class Multiplier {
       for (int k = 0; k < Piece::kDepth; k += 16) {
         multiply_step(part * Piece::kDepth + k, k, strips, piece);
       }
-      piece += __popc(strips);
+      piece += __popc(strips) * Piece::kBytes;
     }
   }
 
-  // 16 of the depth: those at `depth` of x with those at `k` of the pieces.
-  __device__ __forceinline__ void multiply_step(int depth, int k, uint32_t strips, uint32_t piece) {
+  // 16 of the depth: those at `depth` of x with those at `k` of the pieces, the first at `from`.
+  __device__ __forceinline__ void multiply_step(int depth, int k, uint32_t strips, uint32_t from) {
     uint32_t x[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -89,8 +89,6 @@ class Multiplier {
 #pragma unroll
     for (int s = 0; s < Piece::kWarpStrips; ++s) {
       if ((strips >> s & 1) == 0) continue;
-      const uint32_t from = weights_ + piece % kRing<Piece> * Piece::kBytes;
-      ++piece;
       uint32_t w[kStripTiles][4];
 #pragma unroll
       for (int n = 0; n < kStripTiles; ++n) {
@@ -106,6 +104,7 @@ class Multiplier {
                            w[n / 2][n % 2 * 2 + 1]);
         }
       }
+      from += Piece::kBytes;
     }
   }
 
@@ -148,31 +147,27 @@ class Multiplier {
 
   const StripArgs& args_;
   StageRing ring_;
-  uint32_t weights_;    // where this lane reads in the first slot of its ring
-  uint32_t x_;          // and in a stage of x
-  uint32_t taken_ = 0;  // pieces of the half in the stages before
+  uint32_t weights_, x_;  // where this lane reads in a piece, and in a stage of x
   const int lane_ = threadIdx.x % kWarp;
   const int token_group_ = threadIdx.x / kWarp % kTokenGroups;
   const int output_group_ = threadIdx.x / kWarp / kTokenGroups;
-  const int half_ = output_group_ / kHalfGroups;
+  const int half_ = output_group_ / Piece::kHalfGroups;
+  const int first_bit_ = output_group_ % Piece::kHalfGroups * Piece::kWarpBits;
   float sums_[kRowTiles][kColumns][4];
 };
 
 template <class T, class Piece, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 1)
     strip_kernel(const __grid_constant__ StripArgs args) {
-  extern __shared__ __align__(128) char raw[];
-  Shared& shared = *reinterpret_cast<Shared*>(raw);
+  extern __shared__ __align__(128) char shared[];
   const StageRing ring(shared, args.stages);
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
   const int loader = threadIdx.x / kWarp - kMultipliers;
   if (loader < 0) {
-    Multiplier<T, Piece, kTransposed>(args, ring, shared).run();
-  } else if (loader < kXLoaders) {
-    load_x<T>(args, ring, loader);
+    Multiplier<T, Piece, kTransposed>(args, ring).run();
   } else {
-    load_weights<T, Piece, kTransposed>(args, ring, shared, loader - kXLoaders);
+    Loader<T, Piece, kTransposed>(args, ring, loader).run();
   }
 }
 

@@ -10,24 +10,26 @@ namespace block_sparse::cuda::sm80 {
 
 constexpr int kWarp = 32;
 
-// A tile is 128 tokens x 256 outputs, 32 x 64 for each warp that multiplies. The four warps of a
-// scheduler (w, w + 4, ...) have the four quarters of the outputs, and all schedulers the same:
-// whatever the pattern, they have equal work. (Half as many warps of 32 x 128 take as long.)
-constexpr int kTokenGroups = 4, kOutputGroups = 4;
+// A tile is 128 tokens x 256 outputs, 64 x 64 for each warp that multiplies. (Twice as many warps
+// of 32 x 64 spend as much again on what each has to find out in a stage.)
+constexpr int kTokenGroups = 2, kOutputGroups = 4;
 constexpr int kMultipliers = kTokenGroups * kOutputGroups;  // warps
-// The other warps load: two x, and two the pieces of half of the outputs each.
-constexpr int kHalves = 2, kXLoaders = 2;
-constexpr int kHalfGroups = kOutputGroups / kHalves;
-constexpr int kLoaders = kXLoaders + kHalves;
+// The other warps load: each one all that belongs to every fourth stage, so that what a stage takes
+// to find out is spent by one of them.
+constexpr int kLoaders = 4;
+constexpr int kHalves = 2;  // of the outputs, in what is planned
 constexpr int kThreads = (kMultipliers + kLoaders) * kWarp;
-constexpr int kWarpTokens = 32, kWarpOutputs = 64;
+constexpr int kWarpTokens = 64, kWarpOutputs = 64;
 constexpr int kTileTokens = kTokenGroups * kWarpTokens;
 constexpr int kTileOutputs = kOutputGroups * kWarpOutputs;
 
-// x comes in stages that are one line of 128 bytes deep.
+// The sum goes in stages that are one line of 128 bytes of x deep. A stage has room for half of the
+// blocks that there can be; where more are present, they come in two stages, with half of the depth
+// each.
 constexpr int kStageDepth = 64;
 constexpr int kXBytes = kTileTokens * kStageDepth * 2;
-constexpr int kMaxStages = 8;  // two at least
+constexpr int kWeightBytes = kTileOutputs * kStageDepth * 2 / 2;
+constexpr int kStageBytes = kXBytes + kWeightBytes;
 
 // A block is multiplied in pieces; the sides are named as the product sees them. Outputs are cut
 // into strips as wide as a piece.
@@ -39,26 +41,31 @@ struct Piece {
   static constexpr int kParts = kStageDepth / depth;  // of a stage
   static constexpr int kStrips = kTileOutputs / outputs;
   static constexpr int kWarpStrips = kWarpOutputs / outputs;
+  static constexpr int kRoom = kWeightBytes / kBytes;  // pieces of a stage
+  static_assert(kRoom == kStrips * kParts / 2 && kRoom <= kWarp);
   // The pieces of a stage for half of the outputs are the bits of a word: those of each warp, by
   // part of the depth, then by strip.
   static constexpr int kWarpBits = kParts * kWarpStrips;
+  static constexpr uint32_t kWarpMask = ~0u >> (32 - kWarpBits);
+  static constexpr int kHalfGroups = kOutputGroups / kHalves;
   static_assert(kHalfGroups * kWarpBits <= 32);
   static constexpr int bit(int strip, int part) {  // strip: of the half
     return strip / kWarpStrips * kWarpBits + part * kWarpStrips + strip % kWarpStrips;
   }
   static constexpr int part(int bit) { return bit % kWarpBits / kWarpStrips; }
+  // Those in the first half of the depth.
+  static constexpr uint32_t kShallow = [] {
+    uint32_t bits = 0;
+    for (int i = 0; i < kHalfGroups * kWarpBits; ++i) {
+      if (i % kWarpBits < kWarpBits / 2) bits |= 1u << i;
+    }
+    return bits;
+  }();
 };
-
-// Each half of the outputs has a ring of pieces: two stages with all blocks present, eight at
-// density 0.25. With two stages of x it all fits the 99 KB that a multiprocessor of 8.6 or 8.9
-// gives.
-constexpr int kRingBytes = 32 << 10;
-template <class Piece>
-constexpr uint32_t kRing = kRingBytes / Piece::kBytes;  // pieces
 
 // A stage of a panel, as strip_plan.cuh writes it down once for all tokens.
 struct alignas(16) PlannedStage {
-  int depth;    // of the stage along the sum, in stages
+  int depth;    // where it begins along the sum, in multiples of kStageDepth
   int sources;  // the first of its pieces' sources: those of one half, then of the other
   uint32_t masks[kHalves];  // which pieces there are
 };
@@ -66,7 +73,7 @@ struct alignas(16) PlannedStage {
 constexpr int kSourceUnit = 16;
 
 struct Plan {
-  PlannedStage* stages;  // [panels, depth_stages]
+  PlannedStage* stages;  // [panels, 2 * depth_stages]
   int32_t* counts;       // [panels]: of the stages that have pieces
   int32_t* sources;      // [size]
   int depth_stages, size;
@@ -76,18 +83,10 @@ struct StageState {
   uint64_t full, empty;     // barriers
   uint32_t masks[kHalves];  // which pieces there are
 };
-struct Shared {
-  char weights[kHalves][kRingBytes];
-  char stages[];  // of x, then their barriers
-};
 constexpr int shared_bytes(int stages) {
-  return static_cast<int>(sizeof(Shared) + stages * (kXBytes + sizeof(StageState)));
+  return stages * static_cast<int>(kStageBytes + sizeof(StageState));
 }
-constexpr int stages_in(int bytes) {
-  constexpr int kFixed = static_cast<int>(sizeof(Shared));
-  const int stages = (bytes - kFixed) / static_cast<int>(kXBytes + sizeof(StageState));
-  return stages < kMaxStages ? stages : kMaxStages;
-}
+constexpr int stages_in(int bytes) { return bytes / shared_bytes(1); }
 
 struct StripArgs {
   const void* x;  // dy, in grad_input
@@ -127,32 +126,43 @@ __device__ inline TilePlace place_of(const StripArgs& args, int tile) {
 // A position in the ring of stages, as 32-bit addresses.
 class StageRing {
  public:
-  __device__ StageRing(const Shared& shared, int stages)
-      : x_(ptx::address_of(shared.stages)), states_(x_ + stages * kXBytes), stages_(stages) {}
+  __device__ StageRing(const char* shared, int stages) : stages_(stages) {
+    // Opaque, or the compiler finds the address anew in each stage.
+    asm volatile("mov.b32 %0, %1;" : "=r"(x_) : "r"(ptx::address_of(shared)));
+    full_ = x_ + stages * kStageBytes;
+  }
 
   __device__ void init() const {  // by one thread
-    for (StageRing ring = *this; ring.phase_ == 0; ring.advance()) {
-      // The copies of all lanes that load, and the masks.
-      ptx::init(ring.full(), kLoaders * kWarp + kHalves);
+    for (StageRing ring = *this; ring.phase_ == 0; ring.advance(1)) {
+      // The copies of all lanes of one warp, and the masks.
+      ptx::init(ring.full(), kWarp + 1);
       ptx::init(ring.empty(), kMultipliers);
     }
   }
-  __device__ uint32_t x() const { return x_ + at_ * kXBytes; }
-  __device__ uint32_t full() const { return states_ + at_ * static_cast<int>(sizeof(StageState)); }
-  __device__ uint32_t empty() const { return full() + 8; }
-  __device__ uint32_t masks() const { return full() + 16; }
-  __device__ int at() const { return at_; }
+  __device__ uint32_t x() const { return x_; }
+  __device__ uint32_t weights() const { return x_ + kXBytes; }
+  __device__ uint32_t full() const { return full_; }
+  __device__ uint32_t empty() const { return full_ + 8; }
+  __device__ uint32_t masks() const { return full_ + 16; }
   __device__ uint32_t phase() const { return phase_; }
-  __device__ void advance() {
-    if (++at_ < stages_) return;
-    at_ = 0;
-    phase_ ^= 1;
+  __device__ void advance(int by) {
+    move(by);
+    while (at_ >= stages_) {
+      move(-stages_);
+      phase_ ^= 1;
+    }
   }
 
  private:
-  const uint32_t x_, states_;
+  __device__ void move(int by) {
+    at_ += by;
+    x_ += by * kStageBytes;
+    full_ += by * static_cast<int>(sizeof(StageState));
+  }
+
   const int stages_;
   int at_ = 0;
+  uint32_t x_, full_;
   uint32_t phase_ = 0;
 };
 
@@ -161,31 +171,6 @@ class StageRing {
 template <int kChunks>
 __device__ constexpr uint32_t place_in_piece(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row / (8 / kChunks) % kChunks))) * 16;
-}
-
-// Calls begin(place, first stage) for each tile of this CTA, and step(stage, next stage) for each
-// of its stages; a stage that there is not has no pieces.
-template <class Begin, class Step>
-__device__ __forceinline__ void for_stages(const StripArgs& args, const Begin& begin,
-                                           const Step& step) {
-  for (int tile = blockIdx.x; tile < args.panels * args.token_tiles; tile += gridDim.x) {
-    const TilePlace place = place_of(args, tile);
-    const PlannedStage* stages = args.plan.stages + int64_t{place.panel} * args.plan.depth_stages;
-    const int count = __ldg(args.plan.counts + place.panel);
-    const auto stage_at = [&](int i) -> PlannedStage {
-      if (i >= count) return {};
-      const int4 words = __ldg(reinterpret_cast<const int4*>(stages + i));
-      return {words.x, words.y, {static_cast<uint32_t>(words.z), static_cast<uint32_t>(words.w)}};
-    };
-    PlannedStage stage = stage_at(0), next = stage_at(1);
-    begin(place, stage);
-    for (int i = 0; i < count; ++i) {
-      const PlannedStage after = stage_at(i + 2);  // on its way
-      step(stage, next);
-      stage = next;
-      next = after;
-    }
-  }
 }
 
 }  // namespace block_sparse::cuda::sm80

@@ -13,6 +13,33 @@ constexpr int kPlanStages = 1024;  // at once
 // Indices on a GPU are not checked: what is read through them stays inside.
 __device__ inline int clamp_index(int32_t index, int bound) { return min(max(index, 0), bound); }
 
+// The pieces of kStageDepth of the depth, and the stages they come in: one, or two with half of the
+// depth each.
+template <class Piece>
+class StagePieces {
+ public:
+  __device__ explicit StagePieces(const uint32_t (&masks)[kHalves])
+      : masks_{masks[0], masks[1]}, in_first_(count() > Piece::kRoom ? Piece::kShallow : ~0u) {}
+
+  __device__ int count() const { return __popc(masks_[0]) + __popc(masks_[1]); }
+  __device__ bool in_two() const { return in_first_ != ~0u; }
+  __device__ uint32_t first(int half) const { return masks_[half] & in_first_; }
+  __device__ uint32_t second(int half) const { return masks_[half] & ~in_first_; }
+  __device__ int count_first() const { return __popc(first(0)) + __popc(first(1)); }
+
+  // Where a piece comes among all of them.
+  __device__ int rank(int half, int bit) const {
+    const bool is_first = in_first_ >> bit & 1;
+    const uint32_t stage = is_first ? in_first_ : ~in_first_;
+    return (is_first ? 0 : count_first()) + (half > 0 ? __popc(masks_[0] & stage) : 0) +
+           __popc(masks_[half] & stage & ((1u << bit) - 1));
+  }
+
+ private:
+  const uint32_t masks_[kHalves];
+  const uint32_t in_first_;
+};
+
 template <class Piece, bool kTransposed>
 __global__ void __launch_bounds__(kPlanThreads)
     plan_strips(const __grid_constant__ StripArgs args) {
@@ -58,7 +85,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     next_source = (before * args.strips + inside * (first_strip % args.strips)) * pieces;
     count = 0;
   }
-  PlannedStage* planned = args.plan.stages + int64_t{blockIdx.x} * args.plan.depth_stages;
+  PlannedStage* planned = args.plan.stages + int64_t{blockIdx.x} * 2 * args.plan.depth_stages;
   for (int first = 0; first < args.plan.depth_stages; first += kPlanStages) {
     for (int i = threadIdx.x; i < kPlanStages; i += kPlanThreads) masks[i][0] = masks[i][1] = 0;
     __syncthreads();
@@ -67,29 +94,34 @@ __global__ void __launch_bounds__(kPlanThreads)
     __syncthreads();
     // Stages without pieces are left out, the others and their sources numbered: by one warp.
     for (int i = lane; warp == 0 && i < kPlanStages; i += kWarp) {
-      const int pieces = __popc(masks[i][0]) + __popc(masks[i][1]);
-      int before = pieces;
+      const StagePieces<Piece> pieces(masks[i]);
+      int before = pieces.count();
       for (int d = 1; d < kWarp; d *= 2) {
         const int more = __shfl_up_sync(~0u, before, d);
         if (lane >= d) before += more;
       }
-      const unsigned present = __ballot_sync(~0u, pieces > 0);
-      sources[i] = next_source + before - pieces;
-      if (pieces > 0) {
-        planned[count + __popc(present & ((1u << lane) - 1))] = {
-            first + i, sources[i], {masks[i][0], masks[i][1]}};
+      const unsigned present = __ballot_sync(~0u, pieces.count() > 0);
+      const unsigned twice = __ballot_sync(~0u, pieces.in_two());
+      sources[i] = next_source + before - pieces.count();
+      if (pieces.count() > 0) {
+        const unsigned lower = (1u << lane) - 1;
+        PlannedStage* to = planned + count + __popc(present & lower) + __popc(twice & lower);
+        to[0] = {first + i, sources[i], {pieces.first(0), pieces.first(1)}};
+        if (pieces.in_two()) {
+          to[1] = {
+              first + i, sources[i] + pieces.count_first(), {pieces.second(0), pieces.second(1)}};
+        }
       }
       __syncwarp();
       if (lane == kWarp - 1) {
         next_source += before;
-        count += __popc(present);
+        count += __popc(present) + __popc(twice);
       }
       __syncwarp();
     }
     __syncthreads();
     for_pieces(first * kStageDepth, [&](int entry, int in_block, int i, int bit) {
-      const int at = sources[i] + (half > 0 ? __popc(masks[i][0]) : 0) +
-                     __popc(masks[i][half] & ((1u << bit) - 1));
+      const int at = sources[i] + StagePieces<Piece>(masks[i]).rank(half, bit);
       if (at < 0 || at >= args.plan.size) return;  // in a corrupt index there may be no room
       const int number =
           args.number == nullptr ? entry : clamp_index(__ldg(args.number + entry), args.nnz - 1);

@@ -10,6 +10,7 @@ namespace block_sparse::cuda::sm90 {
 
 // The copy engine describes a matrix by 16-byte addresses and strides and 32-bit coordinates.
 inline Refusal why_not_hopper(const ProductDesc& desc) {
+  if (desc.int8) return "values are int8; it takes those of the dtype of the rest";
   if (desc.dtype != Dtype::bf16 && desc.dtype != Dtype::f16) {
     return concat("dtype is ", to_string(desc.dtype), "; it takes bf16 and f16");
   }

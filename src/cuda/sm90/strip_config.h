@@ -51,13 +51,13 @@ struct Tile {
 };
 
 // clang-format off
-//                   warpgroups groups tokens stages       ring registers
-constexpr Tile kWide =  {     2,     2,   176,     7, 30 * 2048, 232, 40};
-// More of W per stage of x.
-constexpr Tile kDense = {     2,     2,   176,     6, 42 * 2048, 232, 40};
+// The ring holds W of more than two stages in which all blocks are present: with less, one is loaded
+// only when the one before it is done.
+//                  warpgroups groups tokens stages       ring registers
+constexpr Tile kWide = {     2,     2,   176,     6, 45 * 2048, 232, 40};
 // Products with 16 of the depth are short, and deciding what comes next takes longer: three
 // warpgroups decide.
-constexpr Tile kTall =  {     3,     1,   192,     7, 23 * 2048, 160, 32};
+constexpr Tile kTall = {     3,     1,   192,     6, 40 * 2048, 160, 32};
 // clang-format on
 
 // A block is multiplied in pieces, since wider blocks are then several narrower ones. The sides are
@@ -117,7 +117,7 @@ struct Sizes {
                 "65536 registers");
   static_assert(kTile.tokens / kCluster % 8 == 0, "the swizzle of x repeats after 8 tokens");
   static_assert(kStagePieces <= 64, "a lane fetches two pieces of a stage");
-  static_assert(kRing > kStagePieces && kRing < 256);
+  static_assert(kRing > 2 * kStagePieces && kRing < 256);
 };
 
 }  // namespace block_sparse::cuda::sm90::strips

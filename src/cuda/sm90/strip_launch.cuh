@@ -41,6 +41,7 @@ Params params_of(const ProductDesc& desc, const ProductArgs& args) {
       {.rows = Size::kPieceBytes / Size::kLineBytes, .cols = Size::kLineBytes / 2},
       Size::kLineBytes);
   params.spans = reinterpret_cast<const Span*>(walk + layout.spans);
+  params.counts = walk + layout.counts;
   params.records = reinterpret_cast<const StageRecord*>(walk + layout.stages);
   params.items = reinterpret_cast<const uint32_t*>(walk + layout.items);
   params.pieces = walk + layout.pieces;
@@ -103,31 +104,25 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
   check_cuda(cudaLaunchKernelEx(&config, strip_kernel<Choice>, params), "cuda_sm90_strip");
 }
 
-template <Dtype kDtype, int kOutputs, int kDepth, bool kTransposed, bool kStrided, bool kIsDense>
+template <Dtype kDtype, int kOutputs, int kDepth, bool kTransposed, bool kStrided>
 struct Chosen {
-  static constexpr Config kConfig{kDtype,
-                                  {kOutputs, kDepth, kTransposed, kStrided},
-                                  kIsDense               ? kDense
-                                  : kDepth == kStepDepth ? kTall
-                                                         : kWide};
+  static constexpr Config kConfig{
+      kDtype, {kOutputs, kDepth, kTransposed, kStrided}, kDepth == kStepDepth ? kTall : kWide};
 };
 
 template <bool kTransposed>
 void launch_for_block(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
   const Lines lines = lines_of(desc.grid(), desc.block, kTransposed);
-  const auto with_piece = [&]<int kOutputs, int kDepth, bool kStrided, bool kIsDense = false>() {
+  const auto with_piece = [&]<int kOutputs, int kDepth, bool kStrided>() {
     if (desc.dtype == Dtype::bf16) {
-      launch<Chosen<Dtype::bf16, kOutputs, kDepth, kTransposed, kStrided, kIsDense>>(desc, args,
-                                                                                     stream);
+      launch<Chosen<Dtype::bf16, kOutputs, kDepth, kTransposed, kStrided>>(desc, args, stream);
     } else {
-      launch<Chosen<Dtype::f16, kOutputs, kDepth, kTransposed, kStrided, kIsDense>>(desc, args,
-                                                                                    stream);
+      launch<Chosen<Dtype::f16, kOutputs, kDepth, kTransposed, kStrided>>(desc, args, stream);
     }
   };
   // Strided pieces are 32 wide in memory.
   const bool strided = is_strided(desc.block.in);
   if (lines.outputs() == 32 && lines.depth() == 32) {
-    if (lines.tile() == kDense) return with_piece.template operator()<32, 32, false, true>();
     strided ? with_piece.template operator()<32, 32, true>()
             : with_piece.template operator()<32, 32, false>();
   } else if (lines.outputs() == 32) {

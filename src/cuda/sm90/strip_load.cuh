@@ -18,14 +18,21 @@ __device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_
   const uint32_t x = ptx::address_of(shared.x) + rank * kShare * kStageDepth * 2;
   Cursor<kTile.stages> at;
   for (int tile = first_tile; tile < params.raster.tiles(); tile += clusters) {
-    const int token = params.raster.at(tile).token_tile * kTile.tokens + rank * kShare;
-    for (int stage = 0; stage < params.stages; ++stage, at.advance()) {
+    const Raster::Place place = params.raster.at(tile);
+    const int token = place.token_tile * kTile.tokens + rank * kShare;
+    const int stages = stages_of(params, __ldg(params.counts + place.panel_cluster));
+    const StageRecord* record =
+        params.records + int64_t{place.panel_cluster * kCluster + rank} * params.stages;
+    int next = __ldg(&record->depth);
+    for (int stage = 0; stage < stages; ++stage, at.advance()) {
+      const int depth = next;
+      next = __ldg(&(++record)->depth);  // on its way
       ptx::wait(empty + at.slot * 8, at.lap ^ 1);
       if (speaks) {
         const uint32_t barrier = full + at.slot * 8;
         ptx::arrive_and_expect(barrier, kTile.stage_bytes());
         ptx::load_box_multicast(&params.x, x + at.slot * kTile.stage_bytes(), barrier, token,
-                                stage * kStageDepth, (1 << kCluster) - 1);
+                                depth * kStageDepth, (1 << kCluster) - 1);
       }
       __syncwarp();
     }
@@ -66,17 +73,21 @@ __device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_
   at.advance(first);
   int stage = first;
   for (int tile = first_tile; tile < params.raster.tiles(); tile += clusters) {
-    const int panel = params.raster.at(tile).panel_cluster * kCluster + rank;
+    const int panel_cluster = params.raster.at(tile).panel_cluster;
+    const int panel = panel_cluster * kCluster + rank;
+    const int stages = stages_of(params, __ldg(params.counts + panel_cluster));
     const StageRecord* list = params.records + int64_t{panel} * params.stages + stage;
     StageRecord record = read(list), next = read(list + kWLoaders);
     Pieces pieces = read_pieces(record);
-    for (; stage < params.stages; stage += kWLoaders, at.advance(kWLoaders)) {
+    for (; stage < stages; stage += kWLoaders, at.advance(kWLoaders)) {
       list += kWLoaders;
       const StageRecord after = read(list + kWLoaders);
       const Pieces next_pieces = read_pieces(next);
-      const int count = min(record.work & 255, Size::kStagePieces);
-      const int slot = min(record.work >> 8 & 255, Size::kRing - 1);
-      const int back = min(max(record.work >> 16 & 255, 1), kTile.stages);
+      const auto work_at = [&](int bit) { return static_cast<int>(record.work >> bit & 255); };
+      const int count = min(work_at(0), Size::kStagePieces);
+      const int slot = min(work_at(8), Size::kRing - 1);
+      const int back = min(max(work_at(16), 1), kTile.stages);
+      const int early = min(work_at(24), count);
 
       // In two steps: a parity says something only of a phase whose predecessor is known to be
       // over, here that of three stages before.
@@ -94,20 +105,27 @@ __device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_
       const uint32_t barrier = full + at.slot * 8;
       if (lane == 0) ptx::arrive_and_expect(barrier, count * Size::kPieceBytes);
       __syncwarp();
+      const auto load_pieces = [&](int first, int end) {
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
-        const int piece = i * 32 + lane;
-        if (piece >= count) continue;
-        int place = slot + piece;
-        if (place >= Size::kRing) place -= Size::kRing;
-        ptx::load_box(&params.values, w + place * Size::kPieceBytes, barrier,
-                      (pieces.at[i] & ~15) / Size::kLineRows, (pieces.at[i] & 15) * kPieceWidth);
+        for (int i = 0; i < kRounds; ++i) {
+          const int piece = i * 32 + lane;
+          if (piece < first || piece >= end) continue;
+          int place = slot + piece;
+          if (place >= Size::kRing) place -= Size::kRing;
+          ptx::load_box(&params.values, w + place * Size::kPieceBytes, barrier,
+                        (pieces.at[i] & ~15) / Size::kLineRows, (pieces.at[i] & 15) * kPieceWidth);
+        }
+      };
+      load_pieces(0, early);
+      if (early < count) {
+        wait_until_released(max(back - 1, 1));
+        load_pieces(early, count);
       }
       record = next;
       next = after;
       pieces = next_pieces;
     }
-    stage -= params.stages;
+    stage -= stages;
   }
 }
 

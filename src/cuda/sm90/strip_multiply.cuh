@@ -86,7 +86,7 @@ class Multiply {
       keep(fragments[1]);
       release(held_);
       if (stage_ >= 0) release(1);
-      skip_to(params_.stages);
+      skip_to(stages_);
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
@@ -116,6 +116,7 @@ class Multiply {
     const int panel = place.panel_cluster * kCluster + rank_;
     const Span* span = params_.spans + panel * kTile.warpgroups + warpgroup_;
     coming_.span = {__ldg(&span->first), __ldg(&span->count)};
+    coming_.stages = __ldg(params_.counts + place.panel_cluster);
     coming_.token = place.token_tile * kTile.tokens;
     coming_.place = (panel * kTile.warpgroups + warpgroup_) * kGroups * Size::kGroupRows + row_;
 #pragma unroll
@@ -127,7 +128,9 @@ class Multiply {
   // Then the first of its items.
   __device__ __forceinline__ void begin_list() {
     const int first = min(max(coming_.span.first, 0), params_.item_capacity - kReadAhead);
+    stages_ = stages_of(params_, coming_.stages);
     items_ = max(min(coming_.span.count, params_.item_capacity - kReadAhead - first), 0);
+    if (stages_ == 0) items_ = 0;
     list_ = params_.items + first + lane_;
     next_ = __ldg(list_);
   }
@@ -150,7 +153,7 @@ class Multiply {
     uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
     if (slot >= Size::kRing) slot -= Size::kRing;
     slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
-    return {min(depth / kStageDepth, static_cast<uint32_t>(params_.stages - 1)) |
+    return {min(depth / kStageDepth, static_cast<uint32_t>(stages_ - 1)) |
             depth % kStageDepth / 8 << Item::kWithin | (word >> kItemGroup & 1) << Item::kGroup |
             uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
   }
@@ -292,6 +295,7 @@ class Multiply {
   // Of the tile that is next, or being computed: as it was read.
   struct {
     Span span;
+    int32_t stages;
     int token;
     int place;  // of the first group's row
     int line[kGroups];
@@ -300,6 +304,7 @@ class Multiply {
   const uint32_t* list_ = nullptr;
   int items_ = 0;
   uint32_t next_ = 0;  // of the list
+  int stages_ = 0;     // of the tile
 
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next

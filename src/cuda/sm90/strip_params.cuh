@@ -14,7 +14,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // In words: nobody says that an index is aligned to more.
 __device__ inline StageRecord read(const StageRecord* record) {
-  return {__ldg(&record->first), __ldg(&record->work)};
+  return {__ldg(&record->depth), __ldg(&record->first), __ldg(&record->work)};
 }
 
 // The order of the tiles: tokens in groups, inside a group the panels (cluster by cluster),
@@ -44,6 +44,7 @@ struct Params {
   CUtensorMap values;
   // The walk (strip_walk.h).
   const Span* spans;
+  const int32_t* counts;
   const StageRecord* records;
   const uint32_t* items;
   const int32_t* pieces;
@@ -60,9 +61,15 @@ struct Params {
   int64_t output_stride;
   int tokens;
   int outputs;
-  int stages;  // of x, per tile
+  int stages;  // of all of the depth
   Raster raster;
 };
+
+// The stages of a tile, from what `counts` has for its cluster: both CTAs get the same, whatever
+// the walk says.
+__device__ inline int stages_of(const Params& params, int32_t count) {
+  return min(max(count, 0), params.stages);
+}
 
 // Which line the row of pieces at a place is a part of; as it is read, so anything if there is
 // none.

@@ -25,6 +25,7 @@ struct Source {
   int columns, stages, panels;
   int item_capacity, piece_capacity, list_padding;
   Span* spans;
+  int32_t* counts;
   StageRecord* records;
   uint32_t* items;
   int32_t* pieces;
@@ -66,13 +67,14 @@ __device__ int piece_at(const Source& s, int entry, int line_part, int cross_par
   return (block * s.block_height + row) | (s.transposed ? line_part : cross_part);
 }
 
-// Counts that are summed over columns together: pieces, and items of each warpgroup.
+// Counts that are summed over columns together: stages, pieces, and items of each warpgroup.
 struct Counts {
+  int stages = 0;
   int pieces = 0;
   int items[kMaxWarpgroups] = {};
 
   __device__ Counts operator+(const Counts& other) const {
-    Counts sum{pieces + other.pieces, {}};
+    Counts sum{stages + other.stages, pieces + other.pieces, {}};
     for (int w = 0; w < kMaxWarpgroups; ++w) sum.items[w] = items[w] + other.items[w];
     return sum;
   }
@@ -105,9 +107,10 @@ using Scan = cub::BlockScan<Counts, kWalkThreads>;
 
 struct WalkShared {
   Scan::TempStorage scan;
-  uint32_t present[kWalkThreads];  // per column: which rows of the tile have a piece
-  int first[kWalkThreads];         // and how many pieces come before it
-  int before[kMaxWarpgroups];      // pieces of earlier panels and warpgroups
+  // Per column: which rows have a piece, those of the tile, then those of its neighbour.
+  uint32_t present[kWalkThreads];
+  int first[kWalkThreads];     // and how many pieces come before it
+  int before[kMaxWarpgroups];  // pieces of earlier panels and warpgroups
 };
 
 __device__ uint32_t rows_of(uint32_t present, int group, int group_rows) {
@@ -161,19 +164,26 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
     if (static_cast<unsigned>(at) < static_cast<unsigned>(s.piece_capacity)) s.pieces[at] = piece;
   };
 
-  const Row row(s, panel * rows + warp);  // of the warps that have one
+  // Of the warps that have one: a row of this panel, or of the other one of the cluster.
+  static_assert(kCluster == 2);
+  const Row row(s, warp < rows ? panel * rows + warp : (panel ^ 1) * rows + warp - rows);
+  const int columns = kStageDepth / s.depth;  // of a stage
   Counts sum;
   for (int begin = 0; begin < s.columns; begin += kWalkThreads) {
     shared.present[thread] = 0;
     __syncthreads();
-    if (warp < rows) {
+    if (warp < 2 * rows) {
       each_piece(s, row, begin,
                  [&](int, int, int column) { atomicOr(&shared.present[column], 1u << warp); });
     }
     __syncthreads();
 
-    const uint32_t present = shared.present[thread];
-    Counts mine{__popc(present), {}}, all;
+    const uint32_t present = shared.present[thread] & ((1u << rows) - 1);
+    const int in_stage = thread % columns;
+    const bool wanted =
+        __ballot_sync(~0u, shared.present[thread] != 0) >> (thread % 32 - in_stage) &
+        ((1u << columns) - 1);
+    Counts mine{wanted && in_stage == columns - 1, __popc(present), {}}, all;
     StageItems stage_items[kMaxWarpgroups];
     for (int w = 0; w < warpgroups; ++w) {
       int items = 0;
@@ -195,14 +205,16 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
         const uint32_t mask = rows_of(present, g, grouped);
         if (mask == 0) continue;
         const int earlier = __popc(present & ((1u << g * grouped) - 1));
-        put_item(item++, static_cast<uint32_t>(column) << kItemColumn | (g % groups) << kItemGroup |
-                             mask << kItemRows | (mine.pieces + earlier) % ring);
+        put_item(item++, static_cast<uint32_t>(mine.stages * columns + in_stage) << kItemColumn |
+                             (g % groups) << kItemGroup | mask << kItemRows |
+                             (mine.pieces + earlier) % ring);
       }
       if (stage_items[w].fill) put_item(item, 0);
     }
-    const int depth = column * s.depth;
-    if (column < s.columns && depth % kStageDepth == 0) {
-      s.records[panel * s.stages + depth / kStageDepth].first = base + mine.pieces;
+    if (wanted && in_stage == 0 && column < s.columns) {
+      StageRecord& record = s.records[panel * s.stages + mine.stages];
+      record.depth = column / columns;
+      record.first = base + mine.pieces;
     }
     __syncthreads();
     if (warp < rows) {
@@ -219,11 +231,13 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
     put_item(first_item[w] + sum.items[w], 0);
     s.spans[panel * warpgroups + w] = {first_item[w], sum.items[w]};
   }
+  const int stages = min(sum.stages, s.stages);
+  if (thread == 0) s.counts[panel / kCluster] = stages;  // both panels of the cluster say the same
   StageRecord* records = s.records + panel * s.stages;
   const auto first_of = [&](int stage) {
-    return stage < s.stages ? records[stage].first : base + sum.pieces;
+    return stage < stages ? records[stage].first : base + sum.pieces;
   };
-  for (int stage = thread; stage < s.stages; stage += kWalkThreads) {
+  for (int stage = thread; stage < stages; stage += kWalkThreads) {
     const int first = first_of(stage), end = first_of(stage + 1);
     // The last stage with a piece whose place in the ring is needed; -1: of the tile before.
     int found = max(-1, stage - s.tile.stages - 1), last = stage - 1;
@@ -236,7 +250,14 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
       }
     }
     const int held = max(max(found, stage - s.tile.stages), -1);
-    records[stage].work = (end - first) | ((first - base) % ring) << 8 | (stage - held) << 16;
+    int back = stage - held, early = end - first;
+    if (back < s.tile.stages && held >= 0) {
+      early = min(early, first_of(held) + ring - first);  // those whose places `held` has not
+      ++back;
+    }
+    records[stage].work =
+        static_cast<uint32_t>((end - first) | ((first - base) % ring) << 8 | back << 16) |
+        static_cast<uint32_t>(early) << 24;
   }
 }
 
@@ -268,6 +289,7 @@ void build_walk(const PatternView& pattern, BlockShape block, bool transposed, c
   s.piece_capacity = static_cast<int>(layout.piece_capacity);
   s.list_padding = static_cast<int>(layout.list_padding);
   s.spans = reinterpret_cast<Span*>(walk + layout.spans);
+  s.counts = walk + layout.counts;
   s.records = reinterpret_cast<StageRecord*>(walk + layout.stages);
   s.items = reinterpret_cast<uint32_t*>(walk + layout.items);
   s.pieces = walk + layout.pieces;

@@ -12,10 +12,12 @@
 
 namespace block_sparse::cuda::sm90::strips {
 
+// Only stages of which some tile of the cluster has a piece are loaded, and counted here.
+
 // An item is one product of 64 outputs with one column of pieces: where that column's pieces of the
 // group begin in the ring (8 bits), which of the group's rows have one (4), which group of the
-// warpgroup it is (1), and the column (19). A word without rows is no item:
-// it fills a batch.
+// warpgroup it is (1), and the column among those of the stages (19). A word without rows is no
+// item: it fills a batch.
 constexpr int kItemRows = 8;
 constexpr int kItemGroup = 12;
 constexpr int kItemColumn = 13;
@@ -24,10 +26,12 @@ constexpr int64_t kMaxStages = int64_t{1} << 16;  // of a tile: warps count them
 
 // What is loaded for a stage, in the order of columns, then of the tile's rows.
 struct StageRecord {
+  int32_t depth;  // where it is along the sum, in stages
   int32_t first;  // of its pieces in the list of pieces
   // How many there are (8 bits), where in the ring they go (8), and how many stages before it the
-  // one is that must be released first (8): it holds their places.
-  int32_t work;
+  // one is that must be released first (8): it holds their places, or those of the early pieces. So
+  // many are early (8); the others wait for one stage more.
+  uint32_t work;
 };
 
 // A warpgroup's list of items.
@@ -57,11 +61,7 @@ struct Lines {
   }
   int64_t order_places() const { return order_size(lines); }
 
-  Tile tile() const {
-    if (depth() == kStepDepth) return kTall;
-    const bool whole = line_side == 32 && cross_side == 32;
-    return whole && 8 * nnz > 3 * lines * crosses ? kDense : kWide;
-  }
+  Tile tile() const { return depth() == kStepDepth ? kTall : kWide; }
 };
 
 inline Lines lines_of(GridShape grid, BlockShape block, bool transposed) {
@@ -79,6 +79,7 @@ struct WalkLayout {
   static constexpr int64_t kPiecePadding = 128;
 
   int64_t spans = 0;   // [panels, warpgroups] Span
+  int64_t counts = 0;  // [panels / kCluster]: of the stages
   int64_t stages = 0;  // [panels, stages] StageRecord
   int64_t items = 0, pieces = 0, size = 0;
   int64_t item_capacity = 0, piece_capacity = 0, list_padding = 0;
@@ -89,8 +90,9 @@ struct WalkLayout {
     list_padding = kItemPadding + (batch_of(lines.depth()) - 1) * lines.stages();
     item_capacity = lines.pieces() + lists * list_padding;
     piece_capacity = lines.pieces() + kPiecePadding;
-    stages = spans + 2 * lists;
-    items = stages + 2 * (lines.panels() * lines.stages() + kStagePadding);
+    counts = spans + 2 * lists;
+    stages = counts + lines.panels() / kCluster;
+    items = stages + 3 * (lines.panels() * lines.stages() + kStagePadding);
     pieces = items + item_capacity;
     size = pieces + piece_capacity;
   }

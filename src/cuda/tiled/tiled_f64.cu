@@ -1,0 +1,8 @@
+// cuda_tiled for f64.
+#include "cuda/tiled/launch.cuh"
+
+namespace block_sparse::cuda::tiles {
+
+template void launch<double>(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream);
+
+}  // namespace block_sparse::cuda::tiles
