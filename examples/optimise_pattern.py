@@ -467,37 +467,63 @@ def print_table(results: list[Run]) -> None:
         )
 
 
+def main_cells(results: list[Run]) -> dict[tuple[str, float, int], Cell]:
+    """For each method, density and block the cell with most seeds, without options.
+
+    The others, checks of a learning rate or an option, are in the table and not in the picture.
+    """
+    found: dict[tuple[str, float, int], Cell] = {}
+    for cell in summary(results):
+        key = (cell.run["method"], cell.run["density"], cell.run["block"])
+        if not cell.run["options"] and (key not in found or cell.seeds > found[key].seeds):
+            found[key] = cell
+    return found
+
+
 def draw(results: list[Run], path: Path) -> None:
     """Loss over density, one panel for each block size."""
     from matplotlib.figure import Figure
 
-    table = [cell for cell in summary(results) if not cell.run["options"]]
-    blocks = sorted({cell.run["block"] for cell in table if cell.run["block"]})
-    figure = Figure(figsize=(5.5 * max(1, len(blocks)), 4.2), layout="constrained")
-    axes = figure.subplots(1, max(1, len(blocks)), squeeze=False, sharey=True)[0]
-    for ax, block in zip(axes, blocks, strict=False):
-        for number, method in enumerate(METHODS):
-            cells = [cell for cell in table if cell.run["method"] == method]
-            if method == "dense" and cells:
-                ax.axhline(cells[0].mean, color="black", linestyle="--", label=method)
+    table = main_cells(results)
+    blocks = sorted({block for _, _, block in table if block}) or [0]
+    densities = sorted({density for method, density, _ in table if method != "dense"})
+    methods = [method for method in METHODS if any(method == name for name, _, _ in table)]
+    figure = Figure(figsize=(4.4 * len(blocks) + 2, 4.4), layout="constrained")
+    axes = figure.subplots(1, len(blocks), squeeze=False, sharey=True)[0]
+    for ax, block in zip(axes, blocks, strict=True):
+        for number, method in enumerate(methods):
+            color = "black" if method == "dense" else f"C{METHODS.index(method) - 1}"
+            if method == "dense":
+                ax.axhline(table[method, 1.0, 0].mean, color=color, label=method)
                 continue
-            if method != "dense, small":  # which has no blocks, and is in all panels
-                cells = [cell for cell in cells if cell.run["block"] == block]
-            if cells:
-                ax.errorbar(
-                    [cell.run["density"] for cell in cells],
-                    [cell.mean for cell in cells],
-                    yerr=[cell.spread for cell in cells],
-                    label=method,
-                    marker="o",
-                    capsize=3,
-                    color=f"C{number}",
-                )
+            # `dense, small` has no blocks: what was run for one size is in all panels.
+            cells = [
+                (densities.index(density), cell)
+                for (name, density, size), cell in table.items()
+                if name == method and (size == block or name == "dense, small")
+            ]
+            ax.errorbar(
+                [x + 0.07 * (number - len(methods) / 2) for x, _ in cells],  # side by side
+                [cell.mean for _, cell in cells],
+                yerr=[cell.spread for _, cell in cells],
+                label=method,
+                marker="o",
+                markersize=5,
+                linewidth=1,
+                linestyle=":" if method in FROM_SPARSE else "-",
+                capsize=2,
+                color=color,
+            )
         ax.set_title(f"blocks of {block} x {block}")
+        ax.set_xticks(range(len(densities)), [f"{density:g}" for density in densities])
         ax.set_xlabel("density")
-        ax.set_ylabel("held-out loss")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3, axis="y")
+    axes[0].set_ylabel("held-out loss")
+    legend = {}  # one for all panels: a method may be in one of them only
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        legend.update(zip(labels, handles, strict=True))
+    figure.legend(legend.values(), legend.keys(), loc="outside right center", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
