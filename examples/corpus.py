@@ -1,9 +1,11 @@
 """Real text that every Python has: the sources of its standard library, as batches of tokens.
 
-Files in the order of their names; every tenth is held out. A byte-level BPE tokenizer is trained
-on the others. What is masked is drawn anew for each batch, as in RoBERTa.
+Those of packages can be added. Files in the order of their names; every tenth is held out. A
+byte-level BPE tokenizer is trained on the others. What is masked is drawn anew for each batch, as
+in RoBERTa.
 """
 
+import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +30,19 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
-def source_files() -> list[Path]:
-    """The sources of the standard library, in the order of their names."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / path for path in sorted(files) if EXCLUDED.isdisjoint(path.parts)]
+def source_files(packages: list[str] | None = None) -> list[Path]:
+    """The sources of the standard library, in the order of their names; then of `packages`."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for name in packages or []:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"packages: {name!r} is no package that is installed here")
+        roots.append(Path(spec.submodule_search_locations[0]))
+    chosen = []
+    for root in roots:
+        files = (path.relative_to(root) for path in root.rglob("*.py"))
+        chosen += [root / path for path in sorted(files) if EXCLUDED.isdisjoint(path.parts)]
+    return chosen
 
 
 def split(files: list[Path]) -> tuple[list[str], list[str]]:

@@ -20,8 +20,8 @@ from pytorch_block_sparse.optim import (
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 METHODS = {
-    "SET": (0.25, lambda m, o: BlockSET(m, o, 24, every=3)),
-    "RigL": (0.25, lambda m, o: BlockRigL(m, o, 24, every=3)),
+    "SET": (0.25, lambda m, o: BlockSET(m, o, 24, every=2)),
+    "RigL": (0.25, lambda m, o: BlockRigL(m, o, 24, every=2)),
     "gradual": (1.0, lambda m, o: GradualMagnitude(m, o, 24, density=0.2, compactions=0)),
     "movement": (1.0, lambda m, o: BlockMovement(m, o, 24, every=2, score_lr=0.5, compact=False)),
 }

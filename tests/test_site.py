@@ -67,7 +67,7 @@ def test_the_notebook_runs(monkeypatch):
     }
     assert size["sparse"] < 0.5 * size["dense"]
     churn = [float(c) for c in re.findall(r"churn ([\d.]+)$", said, re.MULTILINE)]
-    assert churn[0] > 0.4 and len(churn) >= 8
+    assert churn[0] > 0.4 and len(churn) >= 6
     assert re.search(r"held-out loss of the loaded model: [\d.]+, the same$", said, re.MULTILINE)
 
 

@@ -23,7 +23,8 @@ class BlockSET(Sparsifier):
 
     At each update, k = round(nnz * drop(step)) blocks of the lowest L1 norm go, and k of the absent
     blocks, drawn uniformly, come, with value zero. nnz stays. By default the share is
-    0.5 * (1 + cos(pi t / end)) / 2 with end = 0.75 T.
+    0.5 * (1 + cos(pi t / end)) / 2 with end = T / 2: what comes late learns little while the
+    learning rate falls.
 
     Args:
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
@@ -32,7 +33,7 @@ class BlockSET(Sparsifier):
         every: steps between updates; by default so that there are about 80, but at least 100 steps
             (or a quarter of `end`, if that is less): a new block that has learnt little is the next
             one to go, and the layer never has all its blocks at work.
-        end: last step with an update; by default 0.75 T.
+        end: last step with an update; by default T / 2.
         score: "l1", "l2" or "max": the norm of which the lowest blocks go.
         new_values: called with (layer, k), returns the values of k new blocks,
             ``[k, block_out, block_in]``; by default zero.
@@ -73,7 +74,7 @@ class BlockSET(Sparsifier):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
-        end = share_of(total_steps, 0.75, end)
+        end = share_of(total_steps, 0.5, end)
         every = self._default_interval(end) if every is None else every
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
