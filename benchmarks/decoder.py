@@ -12,13 +12,11 @@ Usage: python benchmarks/decoder.py [--layers 8] [--blocks 64x64 32x32] [--densi
 import argparse
 import contextlib
 import io
-import json
 import pathlib
 import sys
-from datetime import date
 
 import torch
-from gpu import dense_calls, in_turn, normal, pair, sparse_calls
+from gpu import dense_calls, in_turn, normal, pair, sparse_calls, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytorch_block_sparse import BlockSparseModelPatcher, Pattern
@@ -150,15 +148,9 @@ def main():
             f"(MLPs are {100 * row['mlp_share']:.0f} % of the dense time)",
             flush=True,
         )
-    about = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
-        **{name: value for name, value in vars(args).items() if name not in ("json", "modes")},
-    }
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        about = {name: value for name, value in vars(args).items() if name not in ("json", "modes")}
+        write(args.json, results, **about)
 
 
 if __name__ == "__main__":

@@ -42,10 +42,8 @@ def table(results):
             yield f"| {product} | {tokens} | " + " | ".join(cells) + " |"
 
 
-def section(path):
+def section(about, results):
     """One table, with what it takes to repeat it."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     block = "x".join(map(str, about["block"]))
     threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
     shapes = ", ".join(sorted({f"{row['out']}x{row['in']}" for row in results}))
@@ -77,10 +75,8 @@ def measured_on(about):
     yield ""
 
 
-def gpu_section(path):
+def gpu_section(about, results):
     """Speed-up over cuBLAS of each product, by block size and density."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     densities = sorted({row["density"] for row in results}, reverse=True)
     shape = f"{results[0]['tokens']} tokens, out {results[0]['out']}, in {results[0]['in']}"
     yield f"**{about['dtype']} on a GPU** against cuBLAS with a full weight, L2 emptied before each"
@@ -91,10 +87,8 @@ def gpu_section(path):
     yield ""
 
 
-def few_tokens_section(path):
+def few_tokens_section(about, results):
     """Speed-up over cuBLAS of each product with few tokens, by block size and tokens."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     tokens = sorted({row["tokens"] for row in results})
     first = results[0]
     yield f"**{about['dtype']} on a GPU, few tokens** against cuBLAS with a full weight, a CUDA"
@@ -105,10 +99,8 @@ def few_tokens_section(path):
     yield ""
 
 
-def patterns_section(path):
+def patterns_section(about, results):
     """Speed-up over cuBLAS of each product, by block size and kind of pattern."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     kinds = list(dict.fromkeys(row["pattern"] for row in results))
     density = results[0]["density"]
     yield f"**Kinds of pattern**, {about['dtype']} on a GPU, density {density:g}, as above"
@@ -117,10 +109,8 @@ def patterns_section(path):
     yield ""
 
 
-def ampere_section(path):
+def ampere_section(about, results):
     """Speed-up over cuBLAS of the kernels for other GPUs."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     yield f"**The kernels for other GPUs**, forced on this one ({about['gpu']}, torch"
     yield f"{about['torch']}, {about['date']};"
     yield f"`{about['command']}`)."
@@ -129,10 +119,8 @@ def ampere_section(path):
     yield ""
 
 
-def decoder_section(path):
+def decoder_section(about, results):
     """A whole model: milliseconds, speed-up and what Amdahl's law allows."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     sizes = f"{about['layers']} layers of {about['hidden']} and {about['intermediate']}"
     yield f"**A whole decoder** (Llama-like, {sizes}, {about['batch']} x {about['length']} tokens,"
     yield f"bfloat16), its MLPs at density {about['density']:g}. Training is forward, backward and"
@@ -149,10 +137,8 @@ def decoder_section(path):
     yield ""
 
 
-def distributed_section(path):
+def distributed_section(about, results):
     """Tokens per second of each way to train on several GPUs."""
-    data = json.loads(path.read_text())
-    about, results = data["about"], data["results"]
     yield f"**{about['ranks']} GPUs** ({about['device']}, torch {about['torch']}):"
     yield f"{about['layers']} residual MLPs of {about['width']} and {about['hidden']},"
     yield f"{about['tokens']} tokens a step in all, {about['dtype']}, density {about['density']:g},"
@@ -169,16 +155,14 @@ def distributed_section(path):
     yield ""
 
 
-def bars_section(path):
+def bars_section(about, results):
     """What bars.py says of a file, line by line."""
-    data = json.loads(path.read_text())
-    about = data["about"]
     yield f"**Bars** ({about['cpu']}, {about['capability']}, torch {about['torch']},"
     yield f"{about['date']}; `{about['command']}`): useful rate over the best dense rate, mean"
     yield "and worst cell."
     yield ""
     yield "```"
-    yield from (text for text, _ in bars.report([row | about for row in data["results"]]))
+    yield from (text for text, _ in bars.report([row | about for row in results]))
     yield "```"
     yield ""
 
@@ -217,7 +201,8 @@ def figures():
     yield from named("speedup", SPEEDUP)
     for kind, lines in SECTIONS.items():
         for path in sorted((HERE / "results").glob(f"{kind}_*.json")):
-            yield from named(path.stem, lines(path))
+            data = json.loads(path.read_text())
+            yield from named(path.stem, lines(data["about"], data["results"]))
     yield END
 
 

@@ -266,6 +266,17 @@ def plot(results, path):
     figure.savefig(path, dpi=120)
 
 
+def write(path, results, **about):
+    """The results as JSON, with on what they were measured and the command that repeats them."""
+    about |= {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    path.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+
+
 def main(argv=None):
     args = arguments(argv)
     if not torch.cuda.is_available():
@@ -285,15 +296,8 @@ def main(argv=None):
             f"ours {row['ours_us']:7.1f} us = {row['speedup']:5.2f}x {row['kernel']}{bsr}",
             flush=True,
         )
-    about = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "dtype": args.dtype,
-        "date": date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
-    }
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        write(args.json, results, dtype=args.dtype)
     if args.plot:
         plot(results, args.plot)
 
