@@ -21,19 +21,6 @@ ProductDesc int8_desc(Dtype dtype, Epilogue epilogue, int64_t tokens, int64_t ou
   return desc;
 }
 
-// Runs every kernel that takes the problem, on one thread and on two, and returns how many do.
-int expect_everywhere(Problem& problem, const Numbers& expected) {
-  int accepted = 0;
-  for (const Kernel& kernel : kernels(Backend::cpu)) {
-    if (kernel.why_not(problem.desc)) continue;
-    SCOPED_TRACE(std::string(kernel.name) + ": " + to_string(problem.desc));
-    EXPECT_EQ(result_of(kernel, problem, {}), expected);
-    EXPECT_EQ(result_of(kernel, problem, in_parts(2)), expected);
-    ++accepted;
-  }
-  return accepted;
-}
-
 TEST(Int8, ForwardIsExactOnSmallIntegers) {
   std::mt19937 generator(1);
   std::uniform_int_distribution<int> integer(-2, 2);

@@ -219,4 +219,17 @@ inline Numbers result_of(const Kernel& kernel, Problem& p, const Execution& exec
   return result_of(kernel, p, execution, p.pattern.view());
 }
 
+// Runs every kernel that takes the problem, on one thread and on two, and returns how many do.
+inline int expect_everywhere(Problem& problem, const Numbers& expected) {
+  int accepted = 0;
+  for (const Kernel& kernel : kernels(Backend::cpu)) {
+    if (kernel.why_not(problem.desc)) continue;
+    SCOPED_TRACE(std::string(kernel.name) + ": " + to_string(problem.desc));
+    EXPECT_EQ(result_of(kernel, problem, {}), expected);
+    EXPECT_EQ(result_of(kernel, problem, in_parts(2)), expected);
+    ++accepted;
+  }
+  return accepted;
+}
+
 }  // namespace block_sparse
