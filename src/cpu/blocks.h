@@ -132,7 +132,22 @@ class Blocks {
     }
   }
 
-  // The scalars of a tile: rows from `row` of a slice on, in one entry.
+  // The scalars of a tile: rows from `row` of a slice on. Where a block is one step deep, in the
+  // entries from `first` on, each of them a step.
+  BLOCK_SPARSE_INLINE auto single_scalars(const Slice& slice, int64_t first, int64_t row) const {
+    if constexpr (kDirect && kAdjacentRows) {
+      const Packed* from = reinterpret_cast<const Packed*>(values_) + slice.row + row;
+      return NumberedScalars<Packed>{from, walk_.number + first, block_.in};
+    } else if constexpr (kDirect) {
+      const Packed* from = reinterpret_cast<const Packed*>(values_) + slice.row + row;
+      return Scalars<Packed, true>{from + first * block_.out, block_.out};
+    } else {
+      const int64_t skipped = (first - slice.entries.begin) * slice.rows;
+      return Scalars<Packed, true>{slice.prepared + skipped + row, slice.rows};
+    }
+  }
+
+  // Else in one entry.
   BLOCK_SPARSE_INLINE Scalars<Packed, kAdjacentRows> scalars(const Slice& slice, int64_t entry,
                                                              int64_t row) const {
     if constexpr (kDirect) {

@@ -1,5 +1,5 @@
 // The vectorised kernels of the CPU, as dispatch sees them: choose the instruction set level.
-#include <array>
+#include <algorithm>
 #include <cstdlib>
 
 #include "block_sparse/check.h"
@@ -82,6 +82,13 @@ Kernel panel() {
               return concat("is for at least ", kMinTokens, " tokens, not ", desc.tokens);
             }
             const bool forward = desc.product == Product::forward;
+            // Where blocks are shallower, an entry costs as much as its steps; where they are
+            // narrower, a tile has half of its width: Spmm has neither.
+            constexpr int64_t kMinSide = 16;
+            if (std::min(desc.block.out, desc.block.in) < kMinSide) {
+              return concat("takes blocks of at least ", kMinSide, "x", kMinSide, ", not ",
+                            desc.block.out, "x", desc.block.in);
+            }
             const int64_t outputs = forward ? desc.block.out : desc.block.in;
             const int64_t lanes = level().vector_bytes / (desc.dtype == Dtype::f64 ? 8 : 4);
             if (outputs % lanes == 0) return std::nullopt;

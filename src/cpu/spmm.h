@@ -156,6 +156,10 @@ class Spmm {
     constexpr int kWidth = kVectors * kLanes<Sum>;
     Tile<Math, kRows, kVectors> tile;
     if (entries.begin != slice.entries.begin) tile.load(sums, kWidth);
+    if (Math::kDepth == 1 && walk_.depth_block == 1) {
+      multiply_singles(tile, slice, entries, row, strip);
+      return tile.store(sums, kWidth);
+    }
     for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t depth = walk_.depth[entry] * walk_.depth_block;
       const int64_t steps =
@@ -169,6 +173,24 @@ class Spmm {
                     Vectors<Packed>{strip + depth / Math::kDepth * kWidth, kWidth, ahead}, steps);
     }
     tile.store(sums, kWidth);
+  }
+
+  // Blocks that are one step deep: an entry each would be more of a loop than of a product.
+  template <int kRows, int kVectors>
+  BLOCK_SPARSE_INLINE void multiply_singles(Tile<Math, kRows, kVectors>& tile,
+                                            const typename Weights::Slice& slice, Range entries,
+                                            int64_t row, const Packed* strip) const {
+    constexpr int kWidth = kVectors * kLanes<Sum>;
+    // Each row of tiles fetches its share of what the next entries need.
+    const int64_t count = entries.end - entries.begin;
+    const int64_t next = std::min(count, slice.entries.end - entries.end);
+    for (int64_t i = next * row / slice.rows; i < next * (row + kRows) / slice.rows; ++i) {
+      const Packed* ahead = strip + walk_.depth[entries.end + i] * kWidth;
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(ahead + v * kLanes<Sum>);
+      weights_.fetch(slice, entries.end + i, 0, static_cast<int>(slice.rows));
+    }
+    tile.multiply(weights_.single_scalars(slice, entries.begin, row),
+                  NumberedVectors<Packed>{strip, walk_.depth + entries.begin, kWidth}, count);
   }
 
   Walk walk_;

@@ -34,6 +34,18 @@ struct GatheredScalars {
   BLOCK_SPARSE_INLINE Packed operator()(int row, int64_t step) const { return data[row][step]; }
 };
 
+// The same, adjacent rows, each step somewhere else.
+template <class Packed>
+struct NumberedScalars {
+  const Packed* data;
+  const int32_t* number;  // of each step
+  int64_t stride;
+
+  BLOCK_SPARSE_INLINE Packed operator()(int row, int64_t step) const {
+    return data[number[step] * stride + row];
+  }
+};
+
 // The same, rows a constant apart: they need no register each.
 template <class Packed, int kStride>
 struct Column {
@@ -63,6 +75,17 @@ struct Vectors {
       __builtin_prefetch(ahead + step * ahead_stride + v * kLanes<Packed>);
     }
     return load(data + step * stride + v * kLanes<Packed>);
+  }
+};
+// The same, side by side, each step somewhere else.
+template <class Packed>
+struct NumberedVectors {
+  const Packed* data;
+  const int32_t* number;  // of each step
+  int64_t stride;
+
+  BLOCK_SPARSE_INLINE Vec<Packed> operator()(int v, int64_t step) const {
+    return load(data + number[step] * stride + v * kLanes<Packed>);
   }
 };
 // Packed values (packed.h): strips of outputs. Those of sixteen bits are widened on the way into
