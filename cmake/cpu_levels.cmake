@@ -2,10 +2,18 @@
 # with flags of its own. The order, from the best to what every machine has, is the one in which
 # src/cpu/simd_kernel.cpp chooses.
 set(BLOCK_SPARSE_CPU_LEVELS "" CACHE STRING
-  "Instruction set levels to build, from the best on; empty: all that the processor family has")
+  "Instruction set levels to build, from the best on; native: those of this machine; empty: all that \
+the processor family has")
 
 function(block_sparse_cpu_level name)
-  if(BLOCK_SPARSE_CPU_LEVELS AND NOT name IN_LIST BLOCK_SPARSE_CPU_LEVELS)
+  if(BLOCK_SPARSE_CPU_LEVELS STREQUAL "native")
+    try_run(RUNS_${name} COMPILES_${name} ${PROJECT_BINARY_DIR}/cpu_supported
+      ${PROJECT_SOURCE_DIR}/cmake/cpu_supported.cpp COMPILE_DEFINITIONS ${ARGN}
+      CMAKE_FLAGS -DINCLUDE_DIRECTORIES=${PROJECT_SOURCE_DIR}/src)
+    if(NOT RUNS_${name} EQUAL 0)
+      return()
+    endif()
+  elseif(BLOCK_SPARSE_CPU_LEVELS AND NOT name IN_LIST BLOCK_SPARSE_CPU_LEVELS)
     return()
   endif()
   add_library(block_sparse_cpu_${name} OBJECT src/cpu/level.cpp)

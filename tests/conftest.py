@@ -5,6 +5,11 @@ import os
 # torch keeps compiled graphs on disk, and does not see that the schema of an op has changed since.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+# Workers of pytest-xdist share the machine: waiting threads of one keep the other from work.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -8,6 +8,7 @@
 #include "cpu/panel.h"
 #include "cpu/sddmm.h"
 #include "cpu/spmm.h"
+#include "cpu/supported.h"
 #include "cpu/thin.h"
 
 #define BLOCK_SPARSE_STRING_(name) #name
@@ -15,25 +16,6 @@
 
 namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 namespace {
-
-// Everything that cmake/cpu_levels.cmake lets the compiler use.
-bool supported() {
-#if defined(__AVX512BF16__)
-  if (!__builtin_cpu_supports("avx512bf16")) return false;
-#endif
-#if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
-    return false;
-  }
-#endif
-#if defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-#else
-  return true;
-#endif
-}
 
 // Calls f with the Math that a product is computed in.
 template <class F>
