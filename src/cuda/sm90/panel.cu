@@ -71,7 +71,7 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   cluster.val.clusterDim = {Config::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(clusters * Config::kCluster);
-  config.blockDim = Panel<T, Config, kTransposed>::kThreads;
+  config.blockDim = kPanelThreads;
   config.dynamicSmemBytes = kShared;
   config.stream = stream_of(execution.stream);
   config.attrs = &cluster;
