@@ -1,12 +1,13 @@
-// The panel kernel: y[tokens, M] = x[tokens, K] W for blocks whose side along M is a multiple of
-// 64, computed as yt = Wt xt, so that 64 rows of W are the M of a wgmma and tokens its N. One
-// template for forward (M = out) and grad_input (M = in, through the transposed index; the blocks
-// are read where they lie). Not for small blocks: strip.cuh. How it is launched is in panel.cu.
+// The panel kernel: y[tokens, M] = x[tokens, K] W for blocks whose sides are multiples of 32,
+// computed as yt = Wt xt, so that 64 rows of W, of one or two block rows, are the M of a wgmma and
+// tokens its N. One template for forward (M = out) and grad_input (M = in, through the transposed
+// index; the blocks are read where they lie). Not for small blocks: strip.cuh. How it is launched
+// is in panel.cu.
 //
 // A tile is a panel (two groups of 64 rows of M, each of one or two block rows) times kTokens
 // tokens. Its steps are the block columns that any of its block rows has: x is loaded once for all
-// of them (their union), W for the groups that have the block. Three roles, each
-// in a file of its own (panel_walk.cuh, panel_load.cuh, panel_multiply.cuh):
+// of them (their union), W for the groups that have the block. Three roles, each in a file of its
+// own (panel_walk.cuh, panel_load.cuh, panel_multiply.cuh):
 //   walker    merges the sorted column lists of the groups, straight from the pattern's index, and
 //             sends a Step to each CTA of the cluster. It takes tiles from a counter: patterns are
 //             uneven, and whoever is free goes on.
