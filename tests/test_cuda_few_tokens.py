@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cuda_helpers import captured
 from pytorch_block_sparse import Pattern
 from test_cuda import Problem, make_problem
 
@@ -155,11 +156,7 @@ def test_captured_by_a_cuda_graph(product):
     first, second = (make_problem((7, *SIZES), (32, 32), torch.bfloat16, pattern) for _ in range(2))
     expected = second.run(product)
     static = first.to("cuda")
-    static.run(product)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = static.run(product)
+    graph, result = captured(lambda: static.run(product))
     for name in ("input", "grad_output", "values", "bias"):
         getattr(static, name).copy_(getattr(second, name))
     graph.replay()

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from cuda_helpers import captured
 from pytorch_block_sparse import Pattern
 from test_cuda import corrupted
 
@@ -76,10 +77,7 @@ def test_a_corrupt_bsr_gives_an_index_and_no_invalid_access():
 def test_index_from_bsr_is_captured_by_a_cuda_graph():
     first, second = (Pattern.random((70, 50), 0.2, (1, 1)) for _ in range(2))
     crow, col = first.crow_indices.cuda(), first.col_indices.cuda()
-    block_sparse.index_from_bsr(crow, col, 50)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        index = block_sparse.index_from_bsr(crow, col, 50)
+    graph, index = captured(lambda: block_sparse.index_from_bsr(crow, col, 50))
     crow.copy_(second.crow_indices)
     col.copy_(second.col_indices)
     graph.replay()

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from cuda_helpers import captured
 from pytorch_block_sparse import BlockSparseMatrix
 from pytorch_block_sparse.testing import assert_close_to_float64, chosen_kernel, kernel_names
 from quantized_helpers import each_dtype, exact_layer, inputs, layer_of_normals, served_layer
@@ -73,13 +74,7 @@ def test_on_a_gpu_few_tokens_take_the_kernel_that_reads_weights_once():
 def test_in_a_cuda_graph():
     served = served_layer(dtype=torch.bfloat16).to("cuda")
     x = torch.randn(4, 160, device="cuda", dtype=torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        served(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = served(x)
+    graph, y = captured(lambda: served(x))
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, served(x))

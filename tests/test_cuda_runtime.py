@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuda_helpers import captured
 from pytorch_block_sparse import BlockSparseLinear
 from pytorch_block_sparse.pattern import with_walks
 
@@ -53,14 +54,7 @@ def test_forward_and_backward_are_captured_by_a_cuda_graph():
     layer = layer.cuda()
     static_x = torch.zeros(8, 96, device="cuda")
     static_grad = torch.zeros(8, 70, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # torch asks for a warm-up beside the default stream
-        step(layer, static_x, static_grad)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step(layer, static_x, static_grad)
+    graph, result = captured(lambda: step(layer, static_x, static_grad))
     static_x.copy_(x)
     static_grad.copy_(grad_output)
     graph.replay()

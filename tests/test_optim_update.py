@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cuda_helpers import captured
 from optim_helpers import ADAPTIVE, dense_of, grid_of, mlp, train_step
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
 from pytorch_block_sparse.optim import compact_, update_pattern_
@@ -294,14 +295,7 @@ def test_a_captured_graph_sees_the_new_pattern():
     layer = mlp()[0].cuda()
     x = torch.randn(16, 64, device="cuda")
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            layer(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = layer(x)
+        graph, y = captured(lambda: layer(x))
         for seed in range(3):
             mask = layer.pattern.mask().cpu()
             new = torch.randn(5, 8, 8, device="cuda")
