@@ -3,7 +3,10 @@
 Inputs are small integers, so that every sum is exact in every dtype and in any order.
 """
 
+import platform
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +70,16 @@ needs_level = pytest.mark.parametrize(
         for name in LEVELS
     ],
 )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the flags of /proc/cpuinfo")
+def test_all_levels_of_this_machine_were_built():
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    needed = {"baseline": set(), "avx2": {"avx2", "fma", "f16c", "bmi2"}}
+    needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16"}
+    for level, instructions in needed.items():
+        assert supported(level) == (instructions <= flags), level
 
 
 def integers(*shape, dtype):
