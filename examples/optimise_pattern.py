@@ -108,7 +108,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--blocks", nargs="+", type=int, default=[8], help="sizes of square blocks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each run")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size")
-    parser.add_argument("--layers", type=int, default=2, help="encoder layers")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers")
     parser.add_argument("--vocab-size", type=int, default=512, help="size of the vocabulary")
     parser.add_argument("--packages", nargs="*", default=[], help="whose sources are read too")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
