@@ -53,11 +53,9 @@ bool belongs_to(std::string_view name, Backend backend) {
   return !name.starts_with(backend == Backend::cpu ? "cuda_" : "cpu_");
 }
 
-// The kernels to try, in order: the backend's list, or those that BLOCK_SPARSE_KERNEL names.
-std::vector<const Kernel*> candidates(Backend backend) {
+// The kernels that a comma-separated list of names means, in its order.
+std::vector<const Kernel*> named_kernels(Backend backend, std::string_view rest) {
   std::vector<const Kernel*> order;
-  const char* forced = std::getenv("BLOCK_SPARSE_KERNEL");
-  std::string_view rest = forced == nullptr ? "" : forced;
   while (!rest.empty()) {
     const std::string_view name = rest.substr(0, rest.find(','));
     rest.remove_prefix(std::min(rest.size(), name.size() + 1));
@@ -71,22 +69,40 @@ std::vector<const Kernel*> candidates(Backend backend) {
     check(found, "BLOCK_SPARSE_KERNEL: no kernel is called '", name,
           "'; there are: ", names(backend));
   }
-  if (order.empty()) {
-    for (const Kernel& kernel : kernels(backend)) order.push_back(&kernel);
-  }
   return order;
+}
+
+// Calls `visit` on the kernels to try, in order, until it returns true: those that
+// BLOCK_SPARSE_KERNEL names, or else the backend's list.
+template <class Visit>
+void for_each_candidate(Backend backend, Visit visit) {
+  if (const char* forced = std::getenv("BLOCK_SPARSE_KERNEL")) {
+    const auto order = named_kernels(backend, forced);
+    for (const Kernel* kernel : order) {
+      if (visit(*kernel)) return;
+    }
+    if (!order.empty()) return;
+  }
+  for (const Kernel& kernel : kernels(backend)) {
+    if (visit(kernel)) return;
+  }
 }
 
 }  // namespace
 
 const Kernel& choose(Backend backend, const ProductDesc& desc) {
+  const Kernel* chosen = nullptr;
   std::string reasons;
-  for (const Kernel* kernel : candidates(backend)) {
-    const Refusal refusal = kernel->why_not(desc);
-    if (!refusal) return *kernel;
-    reasons += concat("\n  ", kernel->name, ": ", *refusal);
-  }
-  throw Error(concat("no kernel accepts ", to_string(desc), reasons));
+  for_each_candidate(backend, [&](const Kernel& kernel) {
+    if (const Refusal refusal = kernel.why_not(desc)) {
+      reasons += concat("\n  ", kernel.name, ": ", *refusal);
+      return false;
+    }
+    chosen = &kernel;
+    return true;
+  });
+  if (chosen == nullptr) throw Error(concat("no kernel accepts ", to_string(desc), reasons));
+  return *chosen;
 }
 
 int64_t workspace_size(const Kernel& kernel, const ProductDesc& desc, const Execution& execution) {
@@ -101,18 +117,19 @@ void run(const Kernel& kernel, const ProductDesc& desc, const ProductArgs& args,
 std::string explain(Backend backend, const ProductDesc& desc, const Execution& execution) {
   std::string text = to_string(desc);
   bool chosen = false;
-  for (const Kernel* kernel : candidates(backend)) {
-    const Refusal refusal = kernel->why_not(desc);
-    text += concat("\n  ", kernel->name, ": ");
+  for_each_candidate(backend, [&](const Kernel& kernel) {
+    const Refusal refusal = kernel.why_not(desc);
+    text += concat("\n  ", kernel.name, ": ");
     if (refusal) {
       text += concat("refuses: ", *refusal);
     } else if (!chosen) {
-      text += concat("chosen, workspace ", kernel->workspace(desc, execution), " bytes");
+      text += concat("chosen, workspace ", kernel.workspace(desc, execution), " bytes");
       chosen = true;
     } else {
       text += "would accept";
     }
-  }
+    return false;
+  });
   return text;
 }
 

@@ -2,9 +2,12 @@
 // The library never prints, asserts or exits on what a caller passes in.
 #pragma once
 
-#include <sstream>
+#include <charconv>
+#include <concepts>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace block_sparse {
 
@@ -15,14 +18,34 @@ class Error : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-template <class... Parts>
-std::string concat(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
+// A part of a message: text, a number, or a function that makes text, called when it is needed.
+// Not a stream: kernels say at each call why they refuse, and a stream costs microseconds.
+template <class Part>
+void append(std::string& text, const Part& part) {
+  if constexpr (std::same_as<Part, char>) {
+    text += part;
+  } else if constexpr (std::integral<Part>) {
+    char digits[24];
+    text.append(digits, std::to_chars(digits, digits + sizeof digits, part).ptr);
+  } else if constexpr (std::floating_point<Part>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    text += digits;
+  } else if constexpr (std::invocable<Part>) {
+    text += part();
+  } else {
+    text += std::string_view(part);
+  }
 }
 
-// The message is only built when the check fails.
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::string text;
+  (append(text, parts), ...);
+  return text;
+}
+
+// The message is only built when the check fails; what is costly to say is given as a function.
 template <class... Parts>
 inline void check(bool holds, const Parts&... parts) {
   if (!holds) [[unlikely]] {

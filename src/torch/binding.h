@@ -63,8 +63,15 @@ void check_index_tensor(const char* name, const Tensor& tensor);
 void check_same_device(const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other);
 
-// For messages: "Float [3, 64]", "cuda:0".
-std::string describe(const Tensor& tensor);
+// For messages: "Float [3, 64]", "cuda:0". Functions of nothing: only a message that is needed is
+// made.
+std::string description(const Tensor& tensor);
 std::string device_name(const Tensor& tensor);
+inline auto describe(const Tensor& tensor) {
+  return [&tensor] { return description(tensor); };
+}
+inline auto device_of(const Tensor& tensor) {
+  return [&tensor] { return device_name(tensor); };
+}
 
 }  // namespace block_sparse::binding

@@ -1,7 +1,11 @@
 // The three products as torch ops: tensors are checked here, once; kernels trust what they get.
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <initializer_list>
 #include <limits>
+#include <span>
+#include <vector>
 
 #include "binding.h"
 #include "block_sparse/check.h"
@@ -80,10 +84,34 @@ Rows rows_of(const char* name, const Tensor& tensor, int64_t features) {
   return {std::move(keep), view, count};
 }
 
+int32_t torch_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// A contiguous tensor on the device of `like`. Straight from the allocator: `new_empty` looks its
+// operator up by name and goes through the dispatcher at each call.
+Tensor allocate(const Tensor& like, int32_t dtype, std::span<const int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(std::ssize(sizes), sizes.data(), strides.data(), dtype, device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 Tensor allocate_like_rows(const Tensor& rows, int64_t features) {
   std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
   sizes.back() = features;
-  return torch::stable::new_empty(rows, sizes);
+  return allocate(rows, torch_dtype(rows), sizes);
 }
 
 void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output) {
@@ -97,7 +125,7 @@ void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output
     run(kernel, desc, args, execution);
     return;
   }
-  const Tensor workspace = torch::stable::new_empty(output, {bytes}, ScalarType::Byte);
+  const Tensor workspace = allocate(output, aoti_torch_dtype_uint8(), std::array{bytes});
   args.workspace = workspace.mutable_data_ptr();
   run(kernel, desc, args, execution);
 }
@@ -149,7 +177,7 @@ void check_index_tensor(const char* name, const Tensor& tensor) {
         name, ": must be a contiguous int32 tensor of one dimension, got ", describe(tensor));
 }
 
-std::string describe(const Tensor& tensor) {
+std::string description(const Tensor& tensor) {
   std::string sizes;
   for (int64_t size : tensor.sizes()) sizes += concat(sizes.empty() ? "" : ", ", size);
   return concat(tensor.is_contiguous() ? "" : "strided ",
@@ -166,7 +194,7 @@ void check_same_device(const char* name, const Tensor& tensor, const char* other
                        const Tensor& other) {
   check(tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
             tensor.get_device_index() == other.get_device_index(),
-        name, ": is on ", device_name(tensor), ", but ", other_name, " on ", device_name(other));
+        name, ": is on ", device_of(tensor), ", but ", other_name, " on ", device_of(other));
 }
 
 // What the weight of forward is stored in.
@@ -307,7 +335,7 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
   args.dy = dy.view;
   args.weight = {pattern_of(index, desc), nullptr};
   desc.planned = args.weight.pattern.tiles != nullptr;
-  Tensor output = torch::stable::new_empty(input, {desc.nnz, block_out, block_in});
+  Tensor output = allocate(input, torch_dtype(input), std::array{desc.nnz, block_out, block_in});
   run_product(desc, args, output);
   return output;
 }

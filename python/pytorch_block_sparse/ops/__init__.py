@@ -80,8 +80,11 @@ def linear(
     if is_transformed():
         operands = autocast_operands(input.device.type, input, values, bias)
         return transformable_linear(operands, index, out_features)
-    if not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled():
         return forward(input, values, index, bias, out_features)
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():  # its formulas are Python: half of the call
+            return forward(input, values, index, bias, out_features)
     return EagerLinear.apply(input, values, index, bias, out_features)
 
 

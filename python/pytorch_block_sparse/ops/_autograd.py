@@ -39,8 +39,12 @@ def _gradients_from(
 
 
 def _sum_of_rows(tensor: Tensor) -> Tensor:
-    # sum_to_size says it too, at three times the host time.
-    return tensor.sum(tuple(range(tensor.dim() - 1))) if tensor.dim() > 1 else tensor
+    # sum_to_size says it too, at three times the host time; a tuple of dimensions costs more than
+    # the one number.
+    dim = tensor.dim()
+    if dim == 1:
+        return tensor
+    return tensor.sum(0) if dim == 2 else tensor.sum(tuple(range(dim - 1)))
 
 
 class EagerLinear(torch.autograd.Function):
