@@ -102,9 +102,9 @@ Tensor allocate(const Tensor& like, int32_t dtype, std::span<const int64_t> size
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(std::ssize(sizes), sizes.data(), strides.data(), dtype, device_type,
-                               like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(std::ssize(sizes), sizes.data(),
+                                                         strides.data(), dtype, device_type,
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
