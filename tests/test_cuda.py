@@ -181,6 +181,21 @@ def test_patterns_of_every_kind(tokens, block_shape, product, monkeypatch):
             monkeypatch.delenv("BLOCK_SPARSE_KERNEL")
 
 
+@pytest.mark.parametrize("product", ["forward", "grad_input"])
+@pytest.mark.parametrize("block_shape", [(64, 64), (128, 128), (64, 32), (32, 64)], ids=str)
+def test_tokens_that_do_not_fill_a_tile(block_shape, product, monkeypatch):
+    shape = (392, 456)
+    problem = make_problem((1100, *shape), block_shape, torch.bfloat16)
+    expected, on_gpu = problem.run(product), problem.to("cuda")
+    x, dy = on_gpu.input, on_gpu.grad_output
+    for tokens in (8, 65, 128, 129, 250, 256, 257, 300, 384, 512, 513, 641, 768, 1000, 1100):
+        on_gpu.input, on_gpu.grad_output = x[:tokens], dy[:tokens]
+        for kernel in on_gpu.kernels(product):
+            monkeypatch.setenv("BLOCK_SPARSE_KERNEL", kernel)
+            assert torch.equal(on_gpu.run(product).cpu(), expected[:tokens]), (kernel, tokens)
+        monkeypatch.delenv("BLOCK_SPARSE_KERNEL")
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("block_shape", [(8, 8), (16, 16), (32, 32), (128, 128)], ids=str)
 def test_every_element_is_written_and_the_same_twice(block_shape, product, monkeypatch):

@@ -135,6 +135,25 @@ def test_rows_that_many_ctas_share(block_shape, sizes, tokens):
     assert torch.equal(problem.run("grad_input"), expected.bfloat16())
 
 
+@pytest.mark.parametrize("tokens", [65, 128, 130])
+@pytest.mark.parametrize("block_shape", [(128, 128), (32, 32), (16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_tokens_in_several_passes(dtype, block_shape, tokens):
+    for product, sizes in (("forward", (128, 2**15)), ("grad_input", (2**15, 128))):
+        pattern = make_pattern(random, sizes, block_shape)
+        problem = make_problem((tokens, *sizes), block_shape, dtype, pattern).to("cuda")
+        assert "cuda_skinny" in problem.kernels(product)
+        wide = torch.randint(-2, 3, (tokens, 2**15 + 64), device="cuda").to(dtype)
+        problem.input, problem.grad_output = (  # rows that lie apart: each pass has to find its own
+            wide[:, : tensor.shape[1]] for tensor in (problem.input, problem.grad_output)
+        )
+        weight = dense(problem.values.float(), pattern)
+        expected = problem.input.float() @ weight.T + problem.bias.float()
+        if product == "grad_input":
+            expected = problem.grad_output.float() @ weight
+        assert torch.equal(run_over_nan(problem, product), expected.to(dtype))
+
+
 def dense(values, pattern) -> torch.Tensor:
     blocks = torch.zeros(*pattern.grid, *pattern.block_shape, device=values.device)
     blocks[pattern.row_indices.long(), pattern.col_indices.long()] = values
@@ -166,7 +185,7 @@ def test_captured_by_a_cuda_graph(product):
 @pytest.mark.parametrize(
     ("tokens", "block_shape", "dtype", "reason"),
     [
-        (65, (32, 32), torch.bfloat16, "up to 64 tokens, not 65"),
+        (8192, (32, 32), torch.bfloat16, "once for every 64 of 8192 tokens"),
         (4, (32, 32), torch.float64, "dtype is f64"),
         (4, (8, 16), torch.bfloat16, "multiples of 16, not 8x16"),
     ],

@@ -1,7 +1,9 @@
 // cuda_skinny: forward and grad_input with few tokens, where reading W is all that takes time. What
 // it takes and what it refuses; how it works is told in kernel.cuh.
 #include <algorithm>
+#include <cstddef>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/skinny/launch.h"
@@ -15,20 +17,20 @@ namespace {
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 
 Refusal why_not(const ProductDesc& desc) {
-  using skinny::kMaxTokens;
   if (desc.product == Product::grad_weight) return "computes forward and grad_input only";
   if (desc.packed) return "takes values in canonical order";
   if (Refusal refusal = why_not_served(desc)) return refusal;
   if (desc.dtype == Dtype::f64) return "dtype is f64; it takes f32, bf16 and f16";
   if (desc.nnz == 0 || desc.tokens == 0) return "there is nothing to multiply";
-  if (desc.tokens > kMaxTokens) {
-    return concat("takes up to ", kMaxTokens, " tokens, not ", desc.tokens);
-  }
   if (desc.block.out % 16 != 0 || desc.block.in % 16 != 0) {
     return concat("takes blocks with sides that are multiples of 16, not ", desc.block.out, "x",
                   desc.block.in);
   }
   const skinny::Plan plan = skinny::plan_of(desc, 1);
+  if (!skinny::is_fastest(desc, plan, multiprocessors())) {
+    return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
+                  " tokens; other kernels are faster");
+  }
   if (plan.warps_per_strip == 0) {
     return concat("blocks are ", desc.block.out, "x", desc.block.in, ", ", plan.strips,
                   " strips of ", plan.unit_outputs,
@@ -63,8 +65,7 @@ int64_t workspace(const ProductDesc& desc, const Execution&) {
   return 2 * plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(float4));
 }
 
-void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-  const cudaStream_t stream = stream_of(execution.stream);
+void run_pass(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
   if (desc.int8) return skinny::launch_int8(desc, args, stream);
   switch (desc.dtype) {
     case Dtype::bf16:
@@ -73,6 +74,26 @@ void run(const ProductDesc& desc, const ProductArgs& args, const Execution& exec
       return skinny::launch_f16(desc, args, stream);
     default:
       return skinny::launch_f32(desc, args, stream);
+  }
+}
+
+// More tokens than a kernel has room for are several passes; W comes from L2 after the first.
+void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+  const cudaStream_t stream = stream_of(execution.stream);
+  const auto advance = [&](auto& rows, int64_t tokens) {
+    if (rows.data == nullptr) return;
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(rows.data)>>,
+                                    const std::byte, std::byte>;
+    rows.data = static_cast<Byte*>(rows.data) + tokens * rows.row_stride * size_of(desc.dtype);
+  };
+  ProductDesc pass = desc;
+  ProductArgs rows = args;
+  for (int64_t left = desc.tokens; left > 0; left -= pass.tokens) {
+    pass.tokens = std::min<int64_t>(left, skinny::kMaxTokens);
+    run_pass(pass, rows, stream);
+    advance(rows.x, pass.tokens);
+    advance(rows.dy, pass.tokens);
+    advance(rows.output, pass.tokens);
   }
 }
 

@@ -31,8 +31,15 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   };
 
   PanelParams params;
+  // Even shares of the tokens, and no more than there are: zeros from outside of an array take the
+  // copy engine longer than what is inside.
+  const int token_tiles = ceil(desc.tokens, int64_t{Config::kTokens} * Config::kCluster);
+  const int shares = token_tiles * Config::kCluster;
+  const int granule = shares == 1 ? 8 : Config::kStoreTokens;
+  params.tokens = static_cast<int>(desc.tokens);
+  params.tile_tokens = std::min(Config::kTokens, ceil(ceil(desc.tokens, shares), granule) * granule);
   params.input = tensor_map(input.data, desc.dtype, desc.tokens, s.k, input.row_stride,
-                            {Config::kTokens, kSlab}, kSlab * 2);
+                            {static_cast<uint32_t>(params.tile_tokens), kSlab}, kSlab * 2);
   params.values = kTransposed
                       ? tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_k, s.block_m,
                                    s.block_m, {kSlab, Config::kLineRows}, Config::kLineRows * 2)
@@ -53,7 +60,7 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   constexpr int64_t kTileTokens = int64_t{Config::kTokens} * Config::kCluster;
   const int64_t bunch = kBunchBytes / (kTileTokens * s.k * size_of(desc.dtype));
   params.raster = {ceil(order_size(params.walk.lines) * s.block_m, kConsumers * kGroupRows),
-                   ceil(desc.tokens, kTileTokens), static_cast<int>(std::max<int64_t>(bunch, 1))};
+                   token_tiles, static_cast<int>(std::max<int64_t>(bunch, 1))};
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
   params.features_m = static_cast<int>(s.m);
   params.next_tile = static_cast<int*>(args.workspace);
@@ -62,10 +69,12 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   constexpr int kShared = sizeof(PanelShared<Config>);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
              "cuda_sm90_panel");
-  check_cuda(cudaMemsetAsync(params.next_tile, 0, sizeof(int), stream_of(execution.stream)),
-             "cuda_sm90_panel");
   const int64_t clusters =
       std::min<int64_t>(params.raster.tiles(), multiprocessors() / Config::kCluster);
+  if (params.raster.tiles() > clusters) {  // the counter of the others
+    check_cuda(cudaMemsetAsync(params.next_tile, 0, sizeof(int), stream_of(execution.stream)),
+               "cuda_sm90_panel");
+  }
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {Config::kCluster, 1, 1};
@@ -81,18 +90,23 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
 
 // clang-format off
 //                                 rows tokens slab stages slots cluster store
+using LargeFew    = PanelConfig<     64,   128,  64,     6,   12,      1,   64>;
+using LargeSome   = PanelConfig<     64,   256,  64,     4,    8,      1,   64>;
 using Large       = PanelConfig<     64,   256,  64,     4,    8,      2,   64>;
 using LargeNarrow = PanelConfig<     64,   256,  32,     8,   16,      2,   64>;
 using Small       = PanelConfig<     32,   256,  64,     4,    8,      2,   64>;
 using SmallNarrow = PanelConfig<     32,   256,  32,     8,   16,      2,   64>;
 // clang-format on
 
-// Calls f with the configuration for `desc`.
+// Calls f with the configuration for `desc`. Where one CTA has all tokens, there is nobody to share
+// W with, and a cluster would leave half of its CTAs without work.
 template <class F>
 void with_config(const ProductDesc& desc, const F& f) {
   const Sides s = sides(desc);
   const bool narrow = s.block_k % 64 != 0;
   if (s.block_m % 64 == 0) {
+    if (!narrow && desc.tokens <= LargeFew::kTokens) return f(std::type_identity<LargeFew>{});
+    if (!narrow && desc.tokens <= LargeSome::kTokens) return f(std::type_identity<LargeSome>{});
     return narrow ? f(std::type_identity<LargeNarrow>{}) : f(std::type_identity<Large>{});
   }
   return narrow ? f(std::type_identity<SmallNarrow>{}) : f(std::type_identity<Small>{});

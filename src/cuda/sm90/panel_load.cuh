@@ -22,6 +22,7 @@ __device__ void load_panels(const PanelParams& params, PanelShared<Config>& shar
 
   const int lane = threadIdx.x % 32;
   const int parts = params.walk.block_m / Config::kLineRows;
+  const uint32_t input_bytes = params.tile_tokens * Config::kSlab * 2;
   int step_slot = 0, head = 0, tail = 0, in_flight = 0;
   int free = Config::kSlots, next_slot = 0;
   uint32_t step_parity = 0, empty_parity = 0;
@@ -33,7 +34,7 @@ __device__ void load_panels(const PanelParams& params, PanelShared<Config>& shar
     const Step step = shared.steps[step_slot];
     __syncwarp();
     if (lane == 0) {
-      ptx::arrive_and_expect(step_full, sizeof(Step));
+      shared.expect_step(step_slot);
       ptx::arrive_remote(ptx::at_rank(ptx::address_of(&shared.step_empty[step_slot]), 0));
     }
     if (++step_slot == Config::kSteps) {
@@ -77,10 +78,13 @@ __device__ void load_panels(const PanelParams& params, PanelShared<Config>& shar
       free += taken >> (4 * in_flight) & 0xf;
     }
     if (lane == 0) {
+      // Of a cluster's tokens, those of this CTA may all be past the end: W is multiplied with what
+      // is there, since nobody stores the result.
+      const bool tokens = count && step.token < params.tokens;
       shared.stages[head] = {panel, step.token, slots, step.within & 1};
       ptx::arrive_and_expect(ptx::address_of(&shared.full[head]),
-                             count ? Config::kInputBytes + count * Config::kPieceBytes : 0);
-      if (count) {
+                             (tokens ? input_bytes : 0) + count * Config::kPieceBytes);
+      if (tokens) {
         cute::SM90_TMA_LOAD_2D::copy(&params.input, &shared.full[head], kKeepInL2,
                                      shared.input[head], step.column, step.token);
       }

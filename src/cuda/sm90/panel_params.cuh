@@ -36,7 +36,7 @@ struct PanelConfig {
   static constexpr int kLines = kConsumers * kGroupLines;  // of a panel
   static constexpr int kSums = kTokens / 2;                // of one thread
   static constexpr int kSteps = 16;
-  static constexpr uint32_t kInputBytes = kTokens * kSlab * 2;
+  static constexpr uint32_t kInputBytes = kTokens * kSlab * 2;  // at most
   static constexpr uint32_t kPieceBytes = kGroupRows * kSlab * 2;
 
   static_assert(kTokens <= 256 && kTokens % kStoreTokens == 0 && kLines <= kMaxLines);
@@ -74,6 +74,13 @@ struct alignas(1024) PanelShared {
   uint64_t full[Config::kStages], empty[Config::kStages];
   uint64_t step_full[Config::kSteps], step_empty[Config::kSteps];
 
+  // Steps come from another CTA, as bytes that the barrier counts; alone, the walker arrives.
+  __device__ void expect_step(int slot) {
+    if constexpr (Config::kCluster > 1) {
+      ptx::arrive_and_expect(ptx::address_of(&step_full[slot]), sizeof(Step));
+    }
+  }
+
   __device__ void init_barriers() {
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::init(ptx::address_of(&full[i]), 1);
@@ -84,9 +91,7 @@ struct alignas(1024) PanelShared {
       ptx::init(ptx::address_of(&step_empty[i]), Config::kCluster);
     }
     cutlass::arch::fence_barrier_init();
-    for (int i = 0; i < Config::kSteps; ++i) {
-      ptx::arrive_and_expect(ptx::address_of(&step_full[i]), sizeof(Step));
-    }
+    for (int i = 0; i < Config::kSteps; ++i) expect_step(i);
   }
 };
 
@@ -137,6 +142,8 @@ struct PanelParams {
   PanelRaster raster;
   const void* bias;  // [M] or null
   int features_m;
+  int tokens;
+  int tile_tokens;  // of one CTA: at most kTokens
   int* next_tile;
 };
 

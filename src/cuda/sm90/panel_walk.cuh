@@ -25,11 +25,17 @@ __device__ void walk_panels(const PanelParams& params, PanelShared<Config>& shar
     rows.z = kLines > 2 ? __shfl_sync(~0u, row, 2) : -1;
     rows.w = kLines > 3 ? __shfl_sync(~0u, row, 3) : -1;
     ptx::wait(ptx::address_of(&shared.step_empty[slot]), parity);
-    if (lane < 2 * kCluster) {  // half a step to each CTA
+    const int token = head.y;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) {
+        shared.steps[slot] = {head.x, token, head.z, head.w, {rows.x, rows.y, rows.z, rows.w}};
+        ptx::arrive(ptx::address_of(&shared.step_full[slot]));
+      }
+    } else if (lane < 2 * kCluster) {  // half a step to each CTA
       const int rank = lane / 2, half = lane % 2;
       ptx::send(
           ptx::at_rank(ptx::address_of(&shared.steps[slot]) + half * 16, rank),
-          half == 0 ? make_int4(head.x, head.y + rank * Config::kTokens, head.z, head.w) : rows,
+          half == 0 ? make_int4(head.x, token + rank * params.tile_tokens, head.z, head.w) : rows,
           ptx::at_rank(ptx::address_of(&shared.step_full[slot]), rank));
     }
     if (++slot == Config::kSteps) {
@@ -37,12 +43,17 @@ __device__ void walk_panels(const PanelParams& params, PanelShared<Config>& shar
       parity ^= 1;
     }
   };
-  auto take = [&] { return __shfl_sync(~0u, lane == 0 ? atomicAdd(params.next_tile, 1) : 0, 0); };
-  for (int tile = take(), next; tile < tiles; tile = next) {
+  // The first tile of a cluster is its own; the others are taken from a counter, if there are any.
+  const int clusters = static_cast<int>(gridDim.x) / kCluster;
+  auto take = [&] {
+    if (tiles <= clusters) return tiles;
+    return clusters + __shfl_sync(~0u, lane == 0 ? atomicAdd(params.next_tile, 1) : 0, 0);
+  };
+  for (int tile = static_cast<int>(blockIdx.x) / kCluster, next; tile < tiles; tile = next) {
     next = take();
     int panel, tokens;
     params.raster.at(tile, panel, tokens);
-    const int token = tokens * kCluster * Config::kTokens;
+    const int token = tokens * kCluster * params.tile_tokens;
     int entry = 0, end = 0, part = 0;
     if (lane < kLines) {
       const auto rows = w.at(panel * kLines + lane, Config::kLineRows);

@@ -30,10 +30,10 @@ class Store {
       : output_(output), buffers_(buffers), barrier_(barrier) {}
 
   // The whole warpgroup: rows of M from first[i] on for box i (-1: dropped), tokens [token, token +
-  // 2 kSums).
+  // count), count at most 2 kSums; a part that begins before the count is stored whole.
   template <int kSums>
   __device__ __forceinline__ void rows(const float (&sums)[kSums], const int (&first)[kBoxes],
-                                       int token, const T* bias, int features_m) {
+                                       int token, int count, const T* bias, int features_m) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int box = warp * 16 / kBoxRows, in_box = warp * 16 % kBoxRows;
     const int mine = box == 0 ? first[0] : first[kBoxes - 1];
@@ -53,6 +53,7 @@ class Store {
     const int swizzle = kBoxRows == 64 ? token_row % 8 : token_row / 2 % 4;
 #pragma unroll
     for (int part = 0; part < 2 * kSums / kTokens; ++part) {
+      if (part * kTokens >= count) break;
       if (thread == 0) cute::tma_store_wait<1>();  // the buffer before last was read
       sync();
       const uint32_t to = ptx::address_of(buffers_.bytes[turn_]) + box * kBoxBytes +
