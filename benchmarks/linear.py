@@ -114,7 +114,8 @@ def sparse_calls(args, x, dy, values, index, out_features):
     if "step" in args.products:
         shape = (out_features, x.shape[1])
         rows, cols = grid_shape(shape, args.block)
-        pattern = Pattern.from_bsr(*split_index(index, (rows, cols), len(values))[:2], shape, args.block)
+        crow, col = split_index(index, (rows, cols), len(values))[:2]
+        pattern = Pattern.from_bsr(crow, col, shape, args.block)
         layer = BlockSparseLinear(*shape[::-1], bias=False, pattern=pattern, dtype=x.dtype)
         calls["step"] = training_step(layer, x, dy)
     return {name: calls[name] for name in args.products}

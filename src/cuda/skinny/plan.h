@@ -53,10 +53,10 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
   return plan;
 }
 
-// Whether passes over W, of kMaxTokens tokens each, take less time than the kernels for many tokens.
-// These have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip is idle.
-// From measurements on an H100, in microseconds at up to 256 tokens; int8 values have tensor cores
-// only here.
+// Whether passes over W, of kMaxTokens tokens each, take less time than the kernels for many
+// tokens. These have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip
+// is idle. From measurements on an H100, in microseconds at up to 256 tokens; int8 values have
+// tensor cores only here.
 inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
   const auto passes = static_cast<double>((desc.tokens + kMaxTokens - 1) / kMaxTokens);
   if (passes <= 1 || desc.int8) return true;
@@ -66,7 +66,8 @@ inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiproce
                      static_cast<double>(size_of(desc.dtype));
   const double pass = 7 + bytes / (side % 32 == 0 ? 2.2e6 : 0.85e6);
   const int64_t tile_outputs = panels ? 128 : 256;
-  const int64_t tiles = (plan.outputs + tile_outputs - 1) / tile_outputs * ((desc.tokens + 255) / 256);
+  const int64_t tiles =
+      (plan.outputs + tile_outputs - 1) / tile_outputs * ((desc.tokens + 255) / 256);
   const auto rounds = static_cast<double>((tiles + multiprocessors - 1) / multiprocessors);
   const double stage = panels ? 0.22 : side % 32 == 0 ? 0.42 : 0.5;  // of 64 of the depth
   return passes * pass < rounds * (6 + stage * static_cast<double>(plan.depth) / 64);

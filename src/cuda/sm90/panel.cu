@@ -37,7 +37,8 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   const int shares = token_tiles * Config::kCluster;
   const int granule = shares == 1 ? 8 : Config::kStoreTokens;
   params.tokens = static_cast<int>(desc.tokens);
-  params.tile_tokens = std::min(Config::kTokens, ceil(ceil(desc.tokens, shares), granule) * granule);
+  params.tile_tokens =
+      std::min(Config::kTokens, ceil(ceil(desc.tokens, shares), granule) * granule);
   params.input = tensor_map(input.data, desc.dtype, desc.tokens, s.k, input.row_stride,
                             {static_cast<uint32_t>(params.tile_tokens), kSlab}, kSlab * 2);
   params.values = kTransposed

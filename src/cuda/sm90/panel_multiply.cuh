@@ -76,7 +76,8 @@ __device__ void multiply_panels(const PanelParams& params, PanelShared<Config>& 
           params.walk.at(what.panel * kLines + warpgroup * kGroupLines + i, Config::kLineRows);
       first[i] = rows.line < 0 ? -1 : rows.line * params.walk.block_m + rows.part;
     }
-    store.rows(sums, first, what.token, params.tile_tokens, static_cast<const T*>(params.bias), params.features_m);
+    store.rows(sums, first, what.token, params.tile_tokens, static_cast<const T*>(params.bias),
+               params.features_m);
   }
   store.finish();
 }
