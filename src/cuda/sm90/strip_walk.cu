@@ -252,7 +252,8 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
     const int held = max(max(found, stage - s.tile.stages), -1);
     int back = stage - held, early = end - first;
     if (back < s.tile.stages && held >= 0) {
-      early = min(early, first_of(held) + ring - first);  // those whose places `held` has not
+      // Those whose places `held` has not: none, where the first of them is in its midst.
+      early = max(min(early, first_of(held) + ring - first), 0);
       ++back;
     }
     records[stage].work =
