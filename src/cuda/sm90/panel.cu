@@ -33,7 +33,8 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   PanelParams params;
   // Even shares of the tokens, and no more than there are: zeros from outside of an array take the
   // copy engine longer than what is inside.
-  const int token_tiles = ceil(desc.tokens, int64_t{Config::kTokens} * Config::kCluster);
+  constexpr int64_t kTileTokens = int64_t{Config::kTokens} * Config::kCluster;
+  const int token_tiles = ceil(desc.tokens, kTileTokens);
   const int shares = token_tiles * Config::kCluster;
   const int granule = shares == 1 ? 8 : Config::kStoreTokens;
   params.tokens = static_cast<int>(desc.tokens);
@@ -58,7 +59,6 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
                  static_cast<int>(s.block_m),
                  static_cast<int>(s.block_k)};
   constexpr int64_t kBunchBytes = 20 << 20;  // of x: less than half of L2
-  constexpr int64_t kTileTokens = int64_t{Config::kTokens} * Config::kCluster;
   const int64_t bunch = kBunchBytes / (kTileTokens * s.k * size_of(desc.dtype));
   params.raster = {ceil(order_size(params.walk.lines) * s.block_m, kConsumers * kGroupRows),
                    token_tiles, static_cast<int>(std::max<int64_t>(bunch, 1))};
