@@ -90,6 +90,14 @@ BLOCK_SPARSE_HOST_DEVICE constexpr int batch_of(int piece_depth) {
   return piece_depth == kStepDepth ? 2 : 1;
 }
 
+// How many of a stage's pieces, [first, end) in the order of loading, go to places in the ring that
+// are free before the stage whose pieces begin at `held` is released. None, where the place of the
+// first is in the midst of that stage.
+BLOCK_SPARSE_HOST_DEVICE constexpr int early_pieces(int first, int end, int held, int ring) {
+  const int free = held + ring - first;
+  return free < 0 ? 0 : free < end - first ? free : end - first;
+}
+
 struct Config {
   Dtype dtype;
   Piece piece;

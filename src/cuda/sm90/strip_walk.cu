@@ -252,8 +252,7 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
     const int held = max(max(found, stage - s.tile.stages), -1);
     int back = stage - held, early = end - first;
     if (back < s.tile.stages && held >= 0) {
-      // Those whose places `held` has not: none, where the first of them is in its midst.
-      early = max(min(early, first_of(held) + ring - first), 0);
+      early = early_pieces(first, end, first_of(held), ring);
       ++back;
     }
     records[stage].work =
