@@ -104,6 +104,6 @@ def test_numbers_out_of_range():
         BlockRigL(model, optimizer, 100, random_share=2)
     with pytest.raises(ValueError, match="updates: at least 1"):
         GradualMagnitude(model, optimizer, 100, density=0.1, updates=0)
-    for options in ({"threshold": 1.0}, {"floor": 0.0}, {"penalty": -1.0}):
+    for options in ({"threshold": 1.0}, {"floor": 0.0}, {"penalty": -1.0}, {"score_every": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             BlockMovement(model, optimizer, 100, **options)

@@ -238,7 +238,7 @@ def test_gradual_magnitude_follows_its_schedule(compactions):
         parameters.add(id(model[0].values))
         dead = sparsifier.layers[0].dead
         assert not model[0].values[dead].any()  # held at zero
-    assert [entry["step"] for entry in sparsifier.log] == list(range(16, 71, 6))
+    assert [entry["step"] for entry in sparsifier.log] == list(range(14, 51, 4))  # 0.1 T to 0.5 T
     for number, entry in enumerate(sparsifier.log, 1):
         expected = 0.1 + 0.9 * (1 - number / 10) ** 3
         assert entry["density"] == pytest.approx(expected, abs=0.5 / 128 + 1e-9)
@@ -361,6 +361,27 @@ def test_movement_blocks_can_come_back():
     sparsifier.scores["0"][3] = 100.0
     train_step(model, optimizer, sparsifier)
     assert sparsifier.layers[0].alive[3] and torch.equal(model[0].values, before)
+
+
+def test_movement_steps_its_scores_seldom_and_as_far():
+    model = nn.Sequential(BlockSparseLinear(32, 32, density=1.0, block_shape=(8, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = BlockMovement(model, optimizer, 100, begin=20, score_every=4, score_lr=0.01)
+    seen = [sparsifier.scores["0"].clone()]
+    for _ in range(8):
+        train_step(model, optimizer, sparsifier)
+        seen.append(sparsifier.scores["0"].clone())
+    moved = [not torch.equal(*pair) for pair in itertools.pairwise(seen)]
+    assert moved == 2 * [True, False, False, False]
+    torch.testing.assert_close(seen[1].abs(), torch.full((16,), 0.04))  # Adam's first step
+
+
+def test_movement_by_default_costs_little_in_a_long_training():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    long, short = (BlockMovement(model, optimizer, steps) for steps in (10_000, 400))
+    assert (long.score_every, long.schedule.interval) == (10, 100)
+    assert (short.score_every, short.schedule.interval) == (1, 10)
 
 
 def test_movement_never_goes_under_its_floor():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from optim_helpers import mlp, train_step
-from pytorch_block_sparse import BlockSparseModelPatcher
+from pytorch_block_sparse import BlockSparseLinear, BlockSparseModelPatcher
 from pytorch_block_sparse.optim import (
     Constant,
     Cosine,
@@ -16,10 +16,40 @@ from pytorch_block_sparse.optim import (
     Every,
     SparseOptimizer,
     choose,
+    parameter_groups,
     teacher_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# --- learning rates ------------------------------------------------------------------------------
+
+
+def test_sparse_values_learn_faster():
+    model = nn.Sequential(
+        BlockSparseLinear(64, 64, density=0.25, block_shape=(16, 16)),
+        nn.LayerNorm(64),
+        BlockSparseLinear(64, 64, False, density=0.5, block_shape=(16, 16)),
+        BlockSparseLinear(64, 64, density=0.25, block_shape=(16, 16)),
+    )
+    groups = parameter_groups(model, lr=0.1)
+    found = {group["lr"]: {id(p) for p in group["params"]} for group in groups}
+    assert found == {
+        0.1: {id(model[0].bias), id(model[3].bias), *map(id, model[1].parameters())},
+        0.4: {id(model[0].values), id(model[3].values)},
+        0.2: {id(model[2].values)},
+    }
+    torch.optim.AdamW(groups)  # each parameter is in one group only
+
+
+def test_parameter_groups_refuses():
+    model = nn.Sequential(BlockSparseLinear(64, 64, density=0.25))
+    for rate in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="lr: must be positive"):
+            parameter_groups(model, rate)
+    with pytest.raises(ValueError, match="has no BlockSparseLinear"):
+        parameter_groups(nn.Linear(4, 4), 0.1)
+
 
 # --- schedules and choice ------------------------------------------------------------------------
 

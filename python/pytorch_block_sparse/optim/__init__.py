@@ -11,7 +11,8 @@ A method is applied to model and optimizer and stepped after the optimizer::
 
 Each method is one file: ``block_set``, ``block_rigl``, ``gradual_magnitude``, ``block_movement``,
 ``block_wanda``. They stand on ``sparsifier`` (when), ``scores`` and ``choose`` (which), ``observe``
-(what passes through a layer) and ``update`` (the change itself). ``importance`` only measures.
+(what passes through a layer) and ``update`` (the change itself). ``importance`` only measures,
+``rates`` knows the learning rate that sparse weights want.
 """
 
 from .block_movement import BlockMovement
@@ -22,6 +23,7 @@ from .distillation import DistillationLoss, teacher_of
 from .distribution import layer_counts, layer_densities
 from .gradual_magnitude import GradualMagnitude
 from .importance import BlockImportance
+from .rates import parameter_groups
 from .schedule import Constant, Cosine, Cubic, Every
 from .sparse_optimizer import SparseOptimizer
 from .sparsifier import Sparsifier
@@ -45,6 +47,7 @@ __all__ = [
     "compact_",
     "layer_counts",
     "layer_densities",
+    "parameter_groups",
     "teacher_of",
     "update_pattern_",
 ]

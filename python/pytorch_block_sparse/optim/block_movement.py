@@ -24,8 +24,9 @@ class BlockMovement(Sparsifier):
 
     dL/dS of a block is the sum over it of dL/dW' * W (straight-through), plus the gradient of the
     penalty ``penalty * tau / tau_final * mean(sigmoid(S))`` over all blocks of all layers. Adam
-    steps S once in each real optimizer step. tau goes from 0 to `threshold` between `begin` and
-    `end`, as a cubic; after `end` the pattern stays and the masked blocks are freed.
+    steps S in every ``score_every``-th real optimizer step, so much further: the sum reads all
+    weights and gradients once more. tau goes from 0 to `threshold` between `begin` and `end`, as a
+    cubic; after `end` the pattern stays and the masked blocks are freed.
 
     How dense the result is, is what the loss and `penalty` agree on; `floor` bounds it from below.
 
@@ -35,10 +36,12 @@ class BlockMovement(Sparsifier):
         total_steps: T, the length of the training in real optimizer steps.
         penalty: lambda; more makes the result sparser (5 to 30).
         threshold: tau at the end.
-        score_lr: learning rate of S.
+        score_lr: learning rate of S, for each real optimizer step.
+        score_every: S is stepped in every so many of them; by default so that it is about 500
+            times between `begin` and `end`, but at least in every tenth.
         floor: in each layer never fewer than this share of its grid stays.
         begin, end: first and last step of the threshold's rise; by default 0.1 T and 0.75 T.
-        every: steps between two masks.
+        every: steps between two masks; by default so that there are about 65, but at least 10.
         compact: free the memory of masked blocks at `end` (makes new Parameters). If False, call
             :meth:`compact` yourself.
 
@@ -69,10 +72,11 @@ class BlockMovement(Sparsifier):
         penalty: float = 10.0,
         threshold: float = 0.1,
         score_lr: float = 1e-2,
+        score_every: int | None = None,
         floor: float = 0.005,
         begin: int | None = None,
         end: int | None = None,
-        every: int = 10,
+        every: int | None = None,
         compact: bool = True,
         seed: int = 0,
         only: Callable[[str], bool] | None = None,
@@ -85,6 +89,12 @@ class BlockMovement(Sparsifier):
         if penalty < 0:
             raise ValueError(f"penalty: must not be negative, got {penalty}")
         begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.75, end)
+        if every is None:
+            every = max(10, (end - begin) // 65)
+        if score_every is None:
+            score_every = min(10, max(1, (end - begin) // 500))
+        if score_every < 1:
+            raise ValueError(f"score_every: must be at least 1, got {score_every}")
         self.tau = Cubic(0.0, threshold, begin, end)
         last = begin + (end - begin) // every * every
         schedule = Every(every, begin, last)
@@ -94,6 +104,7 @@ class BlockMovement(Sparsifier):
         if compact:
             self._refuse_compaction_under_ddp()
         self.penalty, self.threshold, self.floor = penalty, threshold, floor
+        self.score_every = score_every
         self.compact_at_end = compact
         self.scores = {
             layer.name: torch.zeros(layer.module.block_count, device=layer.born.device)
@@ -102,7 +113,7 @@ class BlockMovement(Sparsifier):
         self._aside = {
             layer.name: layer.module.values.detach()[layer.dead] for layer in self.layers
         }
-        self._adam = torch.optim.Adam(list(self.scores.values()), lr=score_lr)
+        self._adam = torch.optim.Adam(list(self.scores.values()), lr=score_lr * score_every)
 
     def compact(self) -> None:
         """Frees the memory of masked blocks, for good. Makes new Parameters."""
@@ -112,10 +123,7 @@ class BlockMovement(Sparsifier):
             self._compact(layer)
 
     def _collect(self) -> None:
-        if self.steps >= self.schedule.end:
-            for layer in self.layers:
-                if layer.module.values.grad is not None:
-                    layer.module.values.grad.index_fill_(0, layer.dead, 0)
+        if self.steps >= self.schedule.end or self.steps % self.score_every:
             return
         blocks = sum(layer.start for layer in self.layers)
         push = self.penalty * self.tau(self.steps) / self.threshold
@@ -127,34 +135,32 @@ class BlockMovement(Sparsifier):
             if values.grad is None:
                 continue
             slope = scores.effect(values, values.grad)
-            if len(layer.dead):  # their weight is aside, and they do not learn
+            if len(layer.dead):  # their weight is aside
                 aside = scores.effect(self._aside[layer.name], values.grad[layer.dead])
                 slope[layer.dead] = aside.to(slope.dtype)
-                values.grad.index_fill_(0, layer.dead, 0)
             score.grad += (slope if scale is None else slope / scale).to(score.dtype)
         self._adam.step()
 
     def _after_step(self) -> None:
         self._hold_at_zero()
 
-    def _update(self) -> dict[str, int]:
+    def _update(self) -> dict[str, Tensor]:
         changed = {layer.name: self._mask(layer) for layer in self.layers}
         if self.steps == self.schedule.end and self.compact_at_end:
             self.compact()
         return changed
 
-    def _mask(self, layer: SparseLayer) -> int:
+    def _mask(self, layer: SparseLayer) -> Tensor:
         score = without_nan(self.scores[layer.name], layer.name)
         alive = torch.sigmoid(score) > self.tau(self.steps)
         least = min(len(score), max(1, round(self.floor * layer.cells)))
         alive.index_fill_(0, highest(score, least), True)
-        changed = int((alive != layer.alive).sum())
-        if changed:
-            values = layer.module.values
-            values[layer.dead] = self._aside[layer.name]
-            layer.set_alive(alive)
-            self._aside[layer.name] = values[layer.dead]
-            values.index_fill_(0, layer.dead, 0)
+        changed = (alive != layer.alive).sum()
+        values = layer.module.values
+        values[layer.dead] = self._aside[layer.name]
+        layer.set_alive(alive)
+        self._aside[layer.name] = values[layer.dead]
+        values.index_fill_(0, layer.dead, 0)
         return changed
 
     def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:

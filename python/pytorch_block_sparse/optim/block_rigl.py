@@ -16,6 +16,7 @@ from .choose import highest, random_sample, without_nan
 from .observe import CandidateGradients
 from .schedule import Schedule
 from .sparsifier import SparseLayer
+from .update import block_ids, others
 
 
 class BlockRigL(BlockSET):
@@ -135,8 +136,7 @@ class BlockRigL(BlockSET):
             norms = without_nan(norms, f"{layer.name}, candidates")
             by_gradient = count - round(self.random_share * count)
             best = watched.ids[highest(norms, by_gradient)]
-        absent = self._absent(layer)
-        rest = absent[~torch.isin(absent, best)]
+        rest = others(torch.cat([block_ids(layer.module.pattern), best]), layer.cells)
         random = random_sample(rest, count - len(best), self._random(layer, "grow"))
         return torch.cat([best, random])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._progress import progress
 from . import scores
@@ -30,7 +30,8 @@ class GradualMagnitude(Sparsifier):
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
         total_steps: T, the length of the training in real optimizer steps.
         density: of all layers together, at the end, in (0, 1].
-        begin, end: first and last step with an update; by default 0.1 T and 0.7 T.
+        begin, end: first and last step with an update; by default 0.1 T and 0.5 T: what is left
+            of the training is for the blocks that are left.
         updates: number of updates.
         compactions: at how many of them memory is freed; 0: never (then call :meth:`compact`).
         distribution: "uniform" (each layer has the same density), "erk", or "global" (blocks of all
@@ -52,7 +53,7 @@ class GradualMagnitude(Sparsifier):
         ...     entry = sparsifier.step()
         ...     optimizer.zero_grad()
         >>> [(entry["step"], entry["density"]) for entry in sparsifier.log]
-        [(5, 0.5625), (8, 0.375), (11, 0.25), (14, 0.25)]
+        [(4, 0.5625), (6, 0.375), (8, 0.25), (10, 0.25)]
         >>> model[0].block_count
         4
     """
@@ -77,7 +78,7 @@ class GradualMagnitude(Sparsifier):
             raise ValueError(
                 f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"
             )
-        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.7, end)
+        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.5, end)
         every = max(1, (end - begin) // updates)
         last = begin + max(1, min(updates, (end - begin) // every)) * every
         self._progress = Cubic(1.0, 0.0, begin, min(end, last))  # (1 - progress)^3
@@ -106,8 +107,8 @@ class GradualMagnitude(Sparsifier):
     def _after_step(self) -> None:
         self._hold_at_zero()
 
-    def _update(self) -> dict[str, int]:
-        before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
+    def _update(self) -> dict[str, Tensor]:
+        before = {layer.name: layer.alive.sum() for layer in self.layers}
         norms = {}
         for layer in self.layers:
             values = layer.module.values
@@ -125,7 +126,7 @@ class GradualMagnitude(Sparsifier):
         for layer in self.layers:
             layer.set_alive(layer.alive & keep[layer.name])
         self._hold_at_zero()
-        changed = {layer.name: before[layer.name] - int(layer.alive.sum()) for layer in self.layers}
+        changed = {layer.name: before[layer.name] - layer.alive.sum() for layer in self.layers}
         if self._compaction_due():
             self.compact()
         return changed

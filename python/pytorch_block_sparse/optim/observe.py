@@ -148,6 +148,7 @@ class CandidateGradients(GradientWatcher):
         self.inputs = InputSquares(layer)
         dtype = torch.promote_types(layer.values.dtype, torch.float32)
         self.sum = torch.zeros((len(ids), *layer.block_shape), dtype=dtype, device=ids.device)
+        # Without a plan: for the one product that comes it takes longer than it saves.
         self._index = indices_of(ids, layer.pattern)[2]
         super().__init__(layer)
 

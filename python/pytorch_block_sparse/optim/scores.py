@@ -13,7 +13,9 @@ def _wide(values: Tensor) -> Tensor:
 
 def l1(values: Tensor) -> Tensor:
     """Sum of |W|. The best drop score of the three for BERT (arXiv 2108.06277)."""
-    return _wide(values).abs().sum(dim=(1, 2))
+    wide = _wide(values)
+    # On a GPU the norm reads the values once and writes nothing; on a CPU the sum is faster.
+    return torch.linalg.vector_norm(wide, 1, dim=(1, 2)) if wide.is_cuda else wide.abs().sum((1, 2))
 
 
 def l2(values: Tensor) -> Tensor:
@@ -28,7 +30,9 @@ def largest(values: Tensor) -> Tensor:
 
 def effect(values: Tensor, gradient: Tensor) -> Tensor:
     """sum W*G, signed: minus the first-order change of the loss when the block is removed."""
-    return (_wide(values) * _wide(gradient)).sum(dim=(1, 2))
+    wide, slope = _wide(values), _wide(gradient)
+    # A matrix product makes no array of W * G, but is seven times slower than that on a CPU.
+    return torch.einsum("boi,boi->b", wide, slope) if wide.is_cuda else (wide * slope).sum((1, 2))
 
 
 def fisher(values: Tensor, gradient: Tensor) -> Tensor:

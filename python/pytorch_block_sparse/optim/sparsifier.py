@@ -261,8 +261,11 @@ class Sparsifier:
 
     # --- for a method to fill in ------------------------------------------------------------------
 
-    def _update(self) -> dict[str, int]:
-        """Changes the pattern. Returns the number of blocks changed, by layer."""
+    def _update(self) -> dict[str, int] | dict[str, Tensor]:
+        """Changes the pattern. Returns the number of blocks changed, by layer.
+
+        As int or, so that nobody waits for the device here, as a tensor without dimensions.
+        """
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -341,39 +344,45 @@ class Sparsifier:
         self._new_steps += 1
 
     def _run_update(self) -> dict[str, Any]:
-        before = {layer.name: int(layer.alive.sum()) for layer in self.layers}
+        before = [layer.alive.sum() for layer in self.layers]
         changed = self._update()
-        layers = {
-            layer.name: self._measure(layer, changed.get(layer.name, 0), before[layer.name])
-            for layer in self.layers
-        }
+        numbers = [
+            torch.stack(
+                [torch.as_tensor(changed[layer.name]).to(count), count, *self._measure(layer)]
+            ).to(before[0].device)
+            for layer, count in zip(self.layers, before, strict=True)
+        ]
+        rows = torch.stack(numbers).tolist()  # one round trip to the device for all layers
+        total = [sum(column) for column in zip(*rows, strict=True)]
         entry = {
             "step": self.steps,
-            "density": self.density(),
-            "churn": sum(changed.values()) / max(1, sum(before.values())),
-            "layers": layers,
+            "density": total[2] / sum(layer.cells for layer in self.layers),
+            "churn": total[0] / max(1, total[1]),
+            "layers": {
+                layer.name: {
+                    "density": alive / max(1, layer.cells),
+                    "churn": moved / max(1, count),
+                    "age": age / max(1, alive),
+                    "dead_rows": dead_rows,
+                    "dead_cols": dead_cols,
+                }
+                for layer, (moved, count, alive, age, dead_rows, dead_cols) in zip(
+                    self.layers, rows, strict=True
+                )
+            },
         }
         self.log.append(entry)
         return entry
 
-    def _measure(self, layer: SparseLayer, changed: int, before: int) -> dict[str, float]:
+    def _measure(self, layer: SparseLayer) -> list[Tensor]:
+        """int64: number of blocks, the sum of their ages, rows and columns without any."""
         pattern, alive = layer.module.pattern, layer.alive
         rows = torch.zeros(pattern.grid[0], dtype=torch.int32, device=alive.device)
         cols = torch.zeros(pattern.grid[1], dtype=torch.int32, device=alive.device)
         rows.index_add_(0, pattern.row_indices, alive.int())
         cols.index_add_(0, pattern.col_indices, alive.int())
-        count = alive.sum()
-        age = ((self.steps - layer.born) * alive).sum() / count.clamp(min=1)
-        numbers = torch.stack(
-            [count.double(), age.double(), (rows == 0).sum().double(), (cols == 0).sum().double()]
-        ).tolist()  # one round trip to the device
-        return {
-            "density": numbers[0] / max(1, layer.cells),
-            "churn": changed / max(1, before),
-            "age": numbers[1],
-            "dead_rows": int(numbers[2]),
-            "dead_cols": int(numbers[3]),
-        }
+        age = ((self.steps - layer.born) * alive).sum()
+        return [alive.sum(), age, (rows == 0).sum(), (cols == 0).sum()]
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:

@@ -111,7 +111,7 @@ def replace_blocks_(
     for tensor in moving:
         tensor.copy_(tensor[order].masked_fill_(fresh[:, None, None], 0))
 
-    crow, col, index = indices_of(moved, pattern)
+    crow, col, index = _planned(moved, pattern)
     pattern.crow_indices.copy_(crow)
     pattern.col_indices.copy_(col)
     pattern.index.copy_(index)
@@ -177,7 +177,7 @@ def compact_(
                 name: item[kept] if id(item) in moving else item for name, item in state.items()
             }
     layer.values = new
-    crow, col, index = indices_of(present[kept], pattern)
+    crow, col, index = _planned(present[kept], pattern)
     layer._set_pattern(Pattern(crow, col, index, pattern.shape, pattern.block_shape))
     return new
 
@@ -192,22 +192,34 @@ def block_ids(pattern: Pattern) -> Tensor:
 
 def absent_ids(pattern: Pattern) -> Tensor:
     """int64, ascending: the ids of the blocks that are not present."""
-    rows, cols = pattern.grid
-    absent = torch.ones(rows * cols, dtype=torch.bool, device=pattern.device)
-    absent[block_ids(pattern)] = False
-    return absent.nonzero().squeeze(1)
+    return others(block_ids(pattern), pattern.grid[0] * pattern.grid[1])
+
+
+def others(ids: Tensor, cells: int) -> Tensor:
+    """int64, ascending: what of range(cells) is not among `ids`, which are distinct.
+
+    How many they are is known; so they are sorted and not searched, which would wait for a GPU.
+    """
+    taken = torch.zeros(cells, dtype=torch.uint8, device=ids.device).index_fill_(0, ids, 1)
+    return torch.sort(taken, stable=True).indices[: cells - len(ids)]
 
 
 def indices_of(ids: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
     """crow_indices, col_indices and packed index of ascending block ids, on their device.
 
-    Shape and block shape are those of `pattern`.
+    Shape and block shape are those of `pattern`. No kernel's plan is behind the index yet.
     """
     rows, cols = pattern.grid
     starts = torch.arange(rows + 1, device=ids.device) * cols
     crow = torch.searchsorted(ids, starts).to(torch.int32)
     col = (ids % max(cols, 1)).to(torch.int32)
     index = torch.ops.block_sparse.index_from_bsr(crow, col, cols)
+    return crow, col, index
+
+
+def _planned(ids: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`indices_of`, with the plans of the kernels, for products that are run often."""
+    crow, col, index = indices_of(ids, pattern)
     return crow, col, with_walks(index, pattern.grid, len(ids), pattern.block_shape)
 
 
