@@ -23,6 +23,7 @@ std::span<const Kernel> kernels(Backend backend) {
       cuda::sm80::strip(),
       cuda::sm80::sampled(),
       // Any
+      cuda::dense(),
       cuda::tiled(),
       cuda::reference(),
   };
@@ -72,19 +73,20 @@ std::vector<const Kernel*> named_kernels(Backend backend, std::string_view rest)
   return order;
 }
 
-// Calls `visit` on the kernels to try, in order, until it returns true: those that
-// BLOCK_SPARSE_KERNEL names, or else the backend's list.
+// Calls `visit` on the kernels to try and why each refuses, in order, until it returns true: those
+// that BLOCK_SPARSE_KERNEL names, or else the backend's list.
 template <class Visit>
-void for_each_candidate(Backend backend, Visit visit) {
+void for_each_candidate(Backend backend, ProductDesc desc, Visit visit) {
   if (const char* forced = std::getenv("BLOCK_SPARSE_KERNEL")) {
     const auto order = named_kernels(backend, forced);
+    desc.forced = !order.empty();
     for (const Kernel* kernel : order) {
-      if (visit(*kernel)) return;
+      if (visit(*kernel, kernel->why_not(desc))) return;
     }
     if (!order.empty()) return;
   }
   for (const Kernel& kernel : kernels(backend)) {
-    if (visit(kernel)) return;
+    if (visit(kernel, kernel.why_not(desc))) return;
   }
 }
 
@@ -93,8 +95,8 @@ void for_each_candidate(Backend backend, Visit visit) {
 const Kernel& choose(Backend backend, const ProductDesc& desc) {
   const Kernel* chosen = nullptr;
   std::string reasons;
-  for_each_candidate(backend, [&](const Kernel& kernel) {
-    if (const Refusal refusal = kernel.why_not(desc)) {
+  for_each_candidate(backend, desc, [&](const Kernel& kernel, const Refusal& refusal) {
+    if (refusal) {
       reasons += concat("\n  ", kernel.name, ": ", *refusal);
       return false;
     }
@@ -117,8 +119,7 @@ void run(const Kernel& kernel, const ProductDesc& desc, const ProductArgs& args,
 std::string explain(Backend backend, const ProductDesc& desc, const Execution& execution) {
   std::string text = to_string(desc);
   bool chosen = false;
-  for_each_candidate(backend, [&](const Kernel& kernel) {
-    const Refusal refusal = kernel.why_not(desc);
+  for_each_candidate(backend, desc, [&](const Kernel& kernel, const Refusal& refusal) {
     text += concat("\n  ", kernel.name, ": ");
     if (refusal) {
       text += concat("refuses: ", *refusal);

@@ -23,6 +23,7 @@ Kernel sampled();  // src/cuda/sm80/sampled.cu
 Kernel strip();    // src/cuda/sm80/strip.cu
 }  // namespace sm80
 Kernel few_tokens();  // src/cuda/skinny/skinny.cu
+Kernel dense();       // src/cuda/dense/dense.cu
 Kernel tiled();       // src/cuda/tiled/tiled.cu
 Kernel reference();   // src/cuda/reference.cu
 }  // namespace cuda

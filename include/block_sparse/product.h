@@ -40,6 +40,11 @@ struct ProductDesc {
   // The values are int8, in canonical order, with a scale for each output: y = scale * sum + bias.
   // Everything else is of `dtype`. Forward only.
   bool int8 = false;
+  // The caller lends a dense product (Execution::dense_product), and it may round float32 to TF32.
+  bool dense_product = false;
+  bool tf32 = false;
+  // BLOCK_SPARSE_KERNEL names the kernels to try: none has to be the fastest. Set by dispatch.
+  bool forced = false;
 
   constexpr GridShape grid() const {
     return {(out_features + block.out - 1) / block.out, (in_features + block.in - 1) / block.in,
@@ -62,13 +67,35 @@ struct ProductArgs {
   void* workspace = nullptr;   // as many bytes as the kernel asked for, 64-byte aligned
 };
 
-// The machine as the caller lends it. The core starts no threads and creates no streams.
+// out[rows, cols] = a[rows, depth] times the transpose of b[cols, depth], plus bias[cols] where
+// there is one. Strides count elements; rows and columns of a and b may lie in either order.
+struct DenseProduct {
+  struct Operand {
+    const void* data = nullptr;
+    int64_t row_stride = 0;
+    int64_t col_stride = 1;
+  };
+  Dtype dtype = Dtype::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t depth = 0;
+  Operand a;
+  Operand b;
+  const void* bias = nullptr;
+  MutableDenseView out;
+};
+
+// The machine as the caller lends it. The core starts no threads and creates no streams, and has no
+// dense product.
 struct Execution {
   // Calls body(context, begin, end) on ranges that cover [0, count), perhaps in parallel.
   using Body = void (*)(const void* context, int64_t begin, int64_t end);
   void (*parallel_for)(int64_t count, Body body, const void* context) = nullptr;
   int threads = 1;
   void* stream = nullptr;  // cudaStream_t
+  // The caller's library of dense products, on the stream above and the current device; null where
+  // there is none.
+  void (*dense_product)(const DenseProduct& product) = nullptr;
 };
 
 enum class Backend : uint8_t { cpu, cuda };

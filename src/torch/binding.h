@@ -1,6 +1,6 @@
 // Between torch and the core: checks tensors, makes views of them, and calls dispatch. Compiled
-// once into each of the two libraries; what differs between CPU and CUDA is the three functions
-// that `Device` names.
+// once into each of the two libraries; what differs between CPU and CUDA is the functions that
+// `Device` names.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,6 +22,8 @@ struct Device {
   static Backend backend();
   // The threads or the stream to run on.
   static Execution execution(const Tensor& tensor);
+  // Completes the description by what the execution lends.
+  static void describe(ProductDesc& desc);
   // Memory safety of the indices: checked on the CPU; on a GPU the kernels clamp instead, since
   // looking would need a synchronisation.
   static void check_index(const PatternView& pattern);
@@ -52,6 +54,7 @@ std::string explain(const Tensor& values, std::string product, int64_t tokens, i
 
 // Throws unless the dtype is one of ours.
 Dtype dtype_of(const char* name, const Tensor& tensor);
+torch::headeronly::ScalarType scalar_type_of(Dtype dtype);
 int64_t check_block(const char* name, int64_t value);
 // Of values [nnz, block_out, block_in]; of packed ones [nnz, block_out * block_in].
 BlockShape block_shape_of(const Tensor& values);

@@ -17,6 +17,8 @@ Execution Device::execution(const Tensor&) {
   return execution;
 }
 
+void Device::describe(ProductDesc&) {}
+
 int64_t Device::walks_size(GridShape, BlockShape) { return 0; }
 
 void Device::attach_walks(PatternView&, BlockShape, const int32_t*) {}

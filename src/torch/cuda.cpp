@@ -14,21 +14,68 @@
 namespace block_sparse::binding {
 namespace {
 
-// libtorch_cuda is not linked, since a CPU-only torch lacks it: the one function that is needed is
-// looked up in the library that `import torch` has loaded.
+// libtorch_cuda is not linked, since a CPU-only torch lacks it: the few functions that are needed
+// are looked up in the library that `import torch` has loaded, and in those that it needs. Null
+// where there is none of that name.
+template <class Function>
+Function torch_cuda_function(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  return reinterpret_cast<Function>(library ? dlsym(library, name) : nullptr);
+}
+
 void* current_stream(int32_t device) {
   using Getter = int32_t (*)(int32_t device, void** stream);
-  static const Getter get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-    return reinterpret_cast<Getter>(symbol);
-  }();
+  static const auto get = torch_cuda_function<Getter>("aoti_torch_get_current_cuda_stream");
   if (get == nullptr) throw std::runtime_error("block_sparse: this torch has no CUDA");
   void* stream = nullptr;
   if (get(device, &stream) != 0) {
     throw std::runtime_error(concat("block_sparse: no current stream on cuda:", device));
   }
   return stream;
+}
+
+// Whether torch's float32 products may round to TF32 (torch.set_float32_matmul_precision). The
+// stable ABI has no function for it, but torch tells cuBLAS whenever it hands out its handle.
+bool tf32_is_allowed() {
+  constexpr int kTf32 = 3;  // CUBLAS_TF32_TENSOR_OP_MATH
+  using GetHandle = int32_t (*)(void** handle);
+  using GetMode = int (*)(void* handle, int* mode);
+  static const auto get_handle =
+      torch_cuda_function<GetHandle>("torch_get_current_cuda_blas_handle");
+  static const auto get_mode = torch_cuda_function<GetMode>("cublasGetMathMode");
+  void* handle = nullptr;
+  int mode = 0;
+  if (get_handle == nullptr || get_mode == nullptr || get_handle(&handle) != 0) return false;
+  return get_mode(handle, &mode) == 0 && (mode & 0xf) == kTf32;
+}
+
+// A tensor of what lies on the current device. It owns nothing.
+template <size_t dims>
+Tensor tensor_of(Dtype dtype, const void* data, std::array<int64_t, dims> sizes,
+                 std::array<int64_t, dims> strides) {
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA,
+                                     torch::stable::accelerator::getCurrentDeviceIndex());
+  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, device,
+                                  scalar_type_of(dtype));
+}
+
+// By torch: what precision it takes for float32, and which library, is the user's choice there.
+void dense_product(const DenseProduct& product) {
+  const auto& [dtype, rows, cols, depth, a, b, bias, out] = product;
+  std::optional<Tensor> added;
+  if (bias != nullptr) added = tensor_of<1>(dtype, bias, {cols}, {1});
+  const Tensor result = tensor_of<2>(dtype, out.data, {rows, cols}, {out.row_stride, 1});
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(
+          tensor_of<2>(dtype, a.data, {rows, depth}, {a.row_stride, a.col_stride})),
+      torch::stable::detail::from(
+          tensor_of<2>(dtype, b.data, {cols, depth}, {b.row_stride, b.col_stride})),
+      torch::stable::detail::from(added),
+      torch::stable::detail::from(result),
+  };
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // the result again; it has to be taken
 }
 
 }  // namespace
@@ -38,7 +85,13 @@ Backend Device::backend() { return Backend::cuda; }
 Execution Device::execution(const Tensor& tensor) {
   Execution execution;
   execution.stream = current_stream(tensor.get_device_index());
+  execution.dense_product = dense_product;
   return execution;
+}
+
+void Device::describe(ProductDesc& desc) {
+  desc.dense_product = true;
+  desc.tf32 = desc.dtype == Dtype::f32 && tf32_is_allowed();
 }
 
 // Looking at the indices would need a synchronisation: the kernels clamp what they read instead.

@@ -114,8 +114,9 @@ Tensor allocate_like_rows(const Tensor& rows, int64_t features) {
   return allocate(rows, torch_dtype(rows), sizes);
 }
 
-void run_product(const ProductDesc& desc, ProductArgs args, const Tensor& output) {
+void run_product(ProductDesc desc, ProductArgs args, const Tensor& output) {
   if (output.numel() == 0) return;
+  Device::describe(desc);
   args.output = {output.mutable_data_ptr(),
                  desc.product == Product::forward ? desc.out_features : desc.in_features};
   const Execution execution = Device::execution(output);
@@ -146,6 +147,20 @@ Dtype dtype_of(const char* name, const Tensor& tensor) {
       throw Error(concat(name, ": dtype must be float64, float32, bfloat16 or float16, got ",
                          torch::headeronly::toString(tensor.scalar_type())));
   }
+}
+
+ScalarType scalar_type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64:
+      return ScalarType::Double;
+    case Dtype::f32:
+      return ScalarType::Float;
+    case Dtype::bf16:
+      return ScalarType::BFloat16;
+    case Dtype::f16:
+      return ScalarType::Half;
+  }
+  __builtin_unreachable();
 }
 
 int64_t check_block(const char* name, int64_t value) {
@@ -382,6 +397,7 @@ std::string explain(const Tensor& values, std::string product, int64_t tokens, i
   desc.nnz = values.size(0);
   desc.packed = packed && packed_order(desc.dtype, desc.block).strip > 0;
   desc.planned = Device::walks_size(desc.grid(), desc.block) > 0;
+  Device::describe(desc);
   return block_sparse::explain(Device::backend(), desc, Device::execution(values));
 }
 
