@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "block_sparse/product.h"
+#include "cuda/dense/choice.h"
 #include "cuda/skinny/choice.h"
 
 namespace block_sparse::cuda::skinny {
@@ -55,16 +56,19 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
 
 // Whether passes over W, of kMaxTokens tokens each, take less time than the kernels for many
 // tokens. These have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip
-// is idle. From measurements on an H100, in microseconds at up to 256 tokens; int8 values have
-// tensor cores only here.
+// is idle. int8 values have tensor cores only here, and by a dense W. From measurements on an H100,
+// in microseconds at up to 256 tokens, int8 up to 8192.
 inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
   const auto passes = static_cast<double>((desc.tokens + kMaxTokens - 1) / kMaxTokens);
-  if (passes <= 1 || desc.int8) return true;
+  if (passes <= 1) return true;
   const int64_t side = std::min(desc.block.out, desc.block.in);
   const bool panels = side % 64 == 0;
   const auto bytes = static_cast<double>(desc.nnz * desc.block.out * desc.block.in) *
                      static_cast<double>(size_of(desc.dtype));
   const double pass = 7 + bytes / (side % 32 == 0 ? 2.2e6 : 0.85e6);
+  if (desc.int8) {
+    return !desc.dense_product || passes * std::max(pass, 13.5) < dense_weight::cost(desc);
+  }
   const int64_t tile_outputs = panels ? 128 : 256;
   const int64_t tiles =
       (plan.outputs + tile_outputs - 1) / tile_outputs * ((desc.tokens + 255) / 256);
