@@ -4,10 +4,20 @@
 #include <algorithm>
 #include <limits>
 
+#include "cuda/dense/choice.h"
 #include "cuda/launch.h"
 #include "kernel.h"
 
 namespace block_sparse::cuda::sm80 {
+
+// Hopper's dense products reach twice what these instructions do. `narrow` and `wide`: the rates
+// for blocks that are cut into pieces of 16 and of 32, measured on an H100.
+inline Refusal why_dense_on_hopper(const ProductDesc& desc, dense_weight::Rates narrow,
+                                   dense_weight::Rates wide) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return std::nullopt;
+  const bool is_wide = desc.block.out % 32 == 0 && desc.block.in % 32 == 0;
+  return dense_weight::why_dense(desc, is_wide ? wide : narrow);
+}
 
 // Copies move 16 bytes, the tensor cores multiply 16 x 16, and coordinates are 32-bit.
 inline Refusal why_not_ampere(const ProductDesc& desc) {

@@ -9,7 +9,8 @@ namespace {
 
 Refusal why_not(const ProductDesc& desc) {
   if (desc.product != Product::grad_weight) return "computes grad_weight only";
-  return why_not_ampere(desc);
+  if (Refusal refusal = why_not_ampere(desc)) return refusal;
+  return why_dense_on_hopper(desc, {.present = 120, .all = 1150}, {.present = 218, .all = 1900});
 }
 
 int64_t workspace(const ProductDesc&, const Execution&) { return 0; }

@@ -37,7 +37,7 @@ Refusal why_not(const ProductDesc& desc) {
     return concat("it counts tiles in 30 bits: ", desc.tokens, " tokens x ", outputs,
                   " features are too many");
   }
-  return std::nullopt;
+  return why_dense_on_hopper(desc, {.present = 200, .all = 2800}, {.present = 260, .all = 4500});
 }
 
 // The workspace: what is planned.

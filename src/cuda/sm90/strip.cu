@@ -1,5 +1,6 @@
 // cuda_sm90_strip: forward and grad_input with small blocks on Hopper, 16-bit elements. What it
 // takes and what it refuses; how it works is told in strip.cuh.
+#include "cuda/dense/choice.h"
 #include "cuda/sm90/hopper.h"
 #include "cuda/sm90/strip_launch.h"
 #include "cuda/sm90/strip_walk.h"
@@ -22,7 +23,10 @@ Refusal why_not(const ProductDesc& desc) {
     return concat("a sum is over more than ", strips::kMaxColumns, " pieces or ",
                   strips::kMaxStages * strips::kStageDepth, " features");
   }
-  return std::nullopt;
+  // Rates measured on an H100.
+  const bool narrow = std::min(desc.block.out, desc.block.in) == 16;
+  return dense_weight::why_dense(desc, narrow ? dense_weight::Rates{.present = 650, .all = 1480}
+                                              : dense_weight::Rates{.present = 1000, .all = 1400});
 }
 
 int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
