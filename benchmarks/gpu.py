@@ -11,7 +11,7 @@ Patterns of equal nnz: ``random``; ``skewed``, block rows by a power law, the la
 times as many blocks as the mean; ``banded``.
 
 Usage: python benchmarks/gpu.py [--blocks 64x64 32x32] [--density 0.25] [--shapes 14336x4096]
-           [--tokens 8192] [--patterns random skewed] [--bsr] [--kernel NAME...]
+           [--tokens 8192] [--patterns random skewed] [--tf32] [--bsr] [--kernel NAME...]
            [--json FILE] [--plot FILE]
        python benchmarks/gpu.py --graph --tokens 1 2 4 8 16 32 64 --products forward grad_input
        python benchmarks/gpu.py --graph --tokens 1 8 64 --blocks 32x32 --products int8
@@ -102,6 +102,7 @@ def arguments(argv=None):
     parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS + ON_REQUEST)
     parser.add_argument("--patterns", nargs="+", default=["random"], choices=list(MASKS))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tf32", action="store_true", help="let float32 products round to TF32")
     parser.add_argument("--bsr", action="store_true", help="time torch's sparse_bsr too (forward)")
     parser.add_argument("--graph", action="store_true", help="time calls in a CUDA graph")
     parser.add_argument("--kernel", nargs="+", help="time these only, the first that accepts")
@@ -283,6 +284,7 @@ def main(argv=None):
         sys.exit("gpu.py: there is no NVIDIA GPU here")
     if args.kernel:
         os.environ["BLOCK_SPARSE_KERNEL"] = ",".join(args.kernel)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     results = []
