@@ -238,7 +238,9 @@ def test_any_strides(dtype):
         assert torch.equal(on_gpu.run(product).cpu(), expected[product]), product
 
 
-def test_more_than_2_to_the_31_outputs():
+@pytest.mark.parametrize("kernel", ["cuda_dense", "cuda_tiled"])
+def test_more_than_2_to_the_31_outputs(kernel, monkeypatch):
+    monkeypatch.setenv("BLOCK_SPARSE_KERNEL", kernel)
     if torch.cuda.mem_get_info()[0] < 8 << 30:
         pytest.skip("needs 8 GiB of free GPU memory")
     tokens, out_features = 2**16 + 3, 2**15 + 1

@@ -90,8 +90,10 @@ Execution Device::execution(const Tensor& tensor) {
 }
 
 void Device::describe(ProductDesc& desc) {
+  // With fewer tokens it makes no difference, and a first handle costs more than a product.
+  constexpr int64_t kFewTokens = 64;
   desc.dense_product = true;
-  desc.tf32 = desc.dtype == Dtype::f32 && tf32_is_allowed();
+  desc.tf32 = desc.dtype == Dtype::f32 && desc.tokens > kFewTokens && tf32_is_allowed();
 }
 
 // Looking at the indices would need a synchronisation: the kernels clamp what they read instead.
