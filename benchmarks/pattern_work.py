@@ -6,15 +6,20 @@ A Llama-like decoder with random tokens. For each method two models, patched ali
 one process; one of them has the method, put into the middle of its schedule at its own cadence. A
 window is a whole number of updates, so that all is in it: the updates, what is done in each step,
 and what is collected outside `sparsifier.step()`. Both compute with the same number of blocks:
-nothing is freed inside the windows. Compaction, 6 times or once in a training, is timed apart and
-added as its share of `--steps`. Figures are medians over the windows.
+nothing is freed inside the windows. Figures are medians over the windows.
+
+The share of the whole training is that of the windows times the part of the training in which the
+method is at work, and compaction (6 times or once in a training, timed apart) over `--steps`.
 """
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -113,7 +118,10 @@ def measure(args, name):
     with_it, without = (statistics.median(times) / count for times in zip(*pairs, strict=True))
     spread = max(abs(a / b - with_it / without) for a, b in pairs)
     compaction = ours.compact() if compactions else 0.0
-    share = with_it / without - 1 + compactions * compaction / (args.steps * without)
+    schedule, total = ours.sparsifier.schedule, args.steps
+    active = (schedule.end - schedule.begin) / total
+    compacting = compactions * compaction / (total * without)
+    share = active * (with_it / without - 1) + compacting
     return {
         "method": name,
         "step_ms": 1e3 * without,
@@ -122,8 +130,10 @@ def measure(args, name):
         "steps_measured": args.rounds * count,
         "density_in_the_end": ours.sparsifier.density(),
         "compaction_ms": 1e3 * compaction,
+        "active": active,
+        "share_while_active": with_it / without - 1,
         "share": share,
-        "spread": spread,
+        "spread": active * spread,
     }
 
 
@@ -143,19 +153,25 @@ def main():
     parser.set_defaults(**SIZES[early.device])
     args = parser.parse_args()
     lines = []
-    print("| method | step, ms | with the method | update every | compaction, ms | share | +- |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| method | step, ms | with the method | update every | compaction, ms "
+        "| while active | active | share of the training | +- |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in args.methods:
         line = measure(args, name)
         lines.append(line)
         print(
             f"| {name} | {line['step_ms']:.2f} | {line['step_with_method_ms']:.2f} "
             f"| {line['update_every']} | {line['compaction_ms']:.0f} "
+            f"| {100 * line['share_while_active']:.2f} % | {100 * line['active']:.0f} % "
             f"| {100 * line['share']:.2f} % | {100 * line['spread']:.2f} |",
             flush=True,
         )
     if args.json is not None:
         setup = {key: value for key, value in vars(args).items() if key not in ("json", "methods")}
+        setup["command"] = shlex.join(["python", "benchmarks/pattern_work.py", *sys.argv[1:]])
+        setup["date"] = datetime.date.today().isoformat()
         if args.device == "cuda":
             setup["name"] = torch.cuda.get_device_name()
         args.json.write_text(json.dumps({**setup, "methods": lines}, indent=1) + "\n")

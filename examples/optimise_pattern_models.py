@@ -7,7 +7,7 @@ import io
 import torch
 from optimise_pattern_runs import FROM_SPARSE
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseModelPatcher, Pattern
 
@@ -15,24 +15,25 @@ from pytorch_block_sparse import BlockSparseLinear, BlockSparseModelPatcher, Pat
 LINEAR_LAYERS = r"model\.layers\.\d+\..*_proj"
 
 
-def dense_model(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
+def dense_model(args: argparse.Namespace, seed: int) -> Qwen3ForCausalLM:
     """A freshly initialised decoder."""
     torch.manual_seed(seed)
     heads = max(1, args.hidden // 32)
     heads = next(count for count in range(heads, 0, -1) if args.hidden % count == 0)
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=32,
         max_position_embeddings=args.length,
         tie_word_embeddings=True,
         initializer_range=args.init_std,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return Qwen3ForCausalLM(config)
 
 
 def sparse_model(

@@ -32,13 +32,12 @@ Result = dict[str, Any]  # a run and what came of it: a line of results.jsonl
 
 def make_run(args: argparse.Namespace, method: str, **other: Any) -> Run:
     """A run; what does not matter to the method is the same for all of its runs."""
-    starts_dense = method == "dense" or method in FROM_DENSE
     run = {
         "method": method,
         "density": args.densities[0],
         "block": args.blocks[0],
         "seed": args.seeds[0],
-        "learning_rate": args.learning_rate if starts_dense else args.sparse_learning_rate,
+        "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
         "init_std": args.init_std,
         "steps": args.steps,

@@ -2,14 +2,16 @@
 
 import argparse
 import functools
+import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import corpus
 import torch
-from optimise_pattern_models import count, dense_model, make_model
+from optimise_pattern_models import LINEAR_LAYERS, count, dense_model, make_model
 from optimise_pattern_runs import FROM_DENSE, NEEDS, Result, Run, kept_by, need
 from torch import nn
 
@@ -62,6 +64,35 @@ def make_sparsifier(
     return None
 
 
+def split_parameters(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups for the optimizer: embeddings and norms, and the weights of the decoder's layers."""
+    weights = {
+        id(parameter)
+        for name, module in model.named_modules()
+        if re.fullmatch(LINEAR_LAYERS, name)
+        for parameter in module.parameters()
+    }
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) not in weights]},
+        {"params": [p for p in parameters if id(p) in weights]},
+    ]
+
+
+def fewer_inputs(args: argparse.Namespace, model: nn.Module) -> float:
+    """How many times fewer inputs an output of the linear layers has than in the dense model.
+
+    Adam moves every weight of a sum by the rate: the fewer they are, the higher it may be. That is
+    the rule of maximal update parameterization, for width (Yang et al., arXiv 2203.03466) and for
+    sparsity (Dey et al., arXiv 2405.15743): with it all models share one learning rate.
+    """
+    sparse = [module for module in model.modules() if isinstance(module, BlockSparseLinear)]
+    if sparse:
+        cells = sum(math.prod(module.pattern.grid) for module in sparse)
+        return cells / sum(module.block_count for module in sparse)
+    return args.hidden / model.config.hidden_size
+
+
 def patterns(model: nn.Module) -> dict[str, torch.Tensor]:
     """The mask of blocks of each sparse layer."""
     layers = model.named_modules()
@@ -93,15 +124,21 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
         teacher = dense_model(args, args.seed).to(device).eval().requires_grad_(False)
         teacher.load_state_dict(kept["model"])
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+        split_parameters(model),
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
     sparsifier = make_sparsifier(args, model, optimizer)
     distillation = DistillationLoss(temperature=2.0, alpha=0.9, causal=True)
+    faster = fewer_inputs(args, model)
     warm_up = max(1, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1)),
-    )
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warm_up, (args.steps - step) / (args.steps - warm_up + 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [rate, lambda s: faster * rate(s)])
     picked = order(len(data["rows"]), args).to(device)
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     last = max(1, args.steps // 10)
@@ -124,7 +161,9 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
             if due:
                 wait()  # an update waits for the device: not for the step before it
             before = time.perf_counter()
-            sparsifier.step()
+            entry = sparsifier.step()
+            if entry is not None:
+                faster = 1 / entry["density"]
             pattern_seconds += time.perf_counter() - before
         optimizer.zero_grad()
         schedule.step()

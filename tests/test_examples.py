@@ -1,5 +1,6 @@
-"""The training example runs from end to end, in its short form."""
+"""The examples run from end to end, in their short forms."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,12 +12,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_language_model.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_train_language_model(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--quick", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            str(EXAMPLES / "train_language_model.py"),
+            "--quick",
+            "--out",
+            str(tmp_path),
+        ],
         text=True,
         capture_output=True,
     )
@@ -38,3 +45,23 @@ def test_train_language_model(tmp_path):
     assert re.search(r"tokens' frequencies alone.*: \d\.\d+$", result.stdout, re.MULTILINE)
     here, there = re.search(r"here (\S+), loaded in a new process (\S+)", result.stdout).groups()
     assert here == there
+
+
+def test_optimise_pattern(tmp_path):
+    methods = ["dense", "static", "gradual + distillation"]
+    command = [sys.executable, str(EXAMPLES / "optimise_pattern.py"), "--quick"]
+    command += ["--out", str(tmp_path), "--methods", *methods]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so small a model waits for its threads
+    result = subprocess.run(command, text=True, capture_output=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    rows = re.findall(r"^\| ([^\d\n]+?) \| [\d.]+ \| (.*) \|$", result.stdout, re.MULTILINE)
+    table = {method: line.split(" | ") for method, line in rows}
+    assert sorted(table) == sorted(methods)
+    parameters = {name: int(line[2].replace(",", "")) for name, line in table.items()}
+    assert parameters["static"] == parameters["gradual + distillation"] < parameters["dense"] / 2
+    assert all(5 < float(line[3]) < 6 for line in table.values())  # log(512) is 6.2
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+    again = subprocess.run(command, text=True, capture_output=True)
+    assert "3 runs are there, 0 are to be made" in again.stdout

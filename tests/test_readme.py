@@ -32,7 +32,7 @@ GUIDE = blocks_of("docs/pattern-optimisation.md")
 
 def test_every_block_is_run_below():
     assert len(README) == 6
-    assert len(GUIDE) == 4  # the third one shows a result
+    assert len(GUIDE) == 5  # the third one shows a result
 
 
 # --- README.md ------------------------------------------------------------------------------------
@@ -159,3 +159,13 @@ def test_distillation():
     )
     assert type(names["model"][1]) is BlockSparseLinear
     assert names["loss"].requires_grad and names["loss"].isfinite()
+
+
+def test_learning_rates():
+    model, patcher = patched_model()
+    patcher.patch_model(model)
+    optimizer = run(GUIDE[4], "pattern-optimisation.md", torch=torch, model=model)["optimizer"]
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {
+        id(p): 4e-3 if p is model[1].values else pytest.approx(1e-3) for p in model.parameters()
+    }
