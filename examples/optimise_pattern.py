@@ -5,7 +5,7 @@ one line of OUT/results.jsonl; runs that are there already are not repeated, so 
 stopped and extended. At the end a table and a picture: held-out loss over density, mean and
 standard deviation over the seeds.
 
-    python examples/optimise_pattern.py                   # short form, on two cores: 15 minutes
+    python examples/optimise_pattern.py                   # short form, on two cores: 20 minutes
     python examples/optimise_pattern.py --long --devices cuda:0 cuda:1 cuda:2 cuda:3 --workers 56
     python examples/optimise_pattern.py --quick           # a toy, to see that everything works
 

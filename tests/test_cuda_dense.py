@@ -16,7 +16,7 @@ from pytorch_block_sparse.testing import (
     dense_grad_input,
     dense_grad_weight,
 )
-from test_cuda import DTYPES, PRODUCTS, Problem, corrupted, make_problem
+from test_cuda import DTYPES, PRODUCTS, Problem, check_corrupt_indices, make_problem
 from test_cuda_few_tokens import KINDS, make_pattern, poison_outside, random, run_over_nan
 
 pytestmark = [
@@ -213,16 +213,7 @@ def test_inside_torch_func_and_autocast():
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("block_shape", [(8, 8), (3, 5), (48, 80)], ids=str)
 def test_a_corrupt_index_gives_numbers_and_no_invalid_access(block_shape, product):
-    problem = make_problem((TOKENS, 320, 448), block_shape, torch.bfloat16)
-    good = problem.to("cuda")
-    expected = good.run(product)
-    for _ in range(20):
-        for index in corrupted(good.index):
-            bad = problem.to("cuda")
-            bad.index = index
-            bad.run(product)
-    torch.cuda.synchronize()
-    assert torch.equal(good.run(product), expected), "the device still works"
+    check_corrupt_indices(make_problem((TOKENS, 320, 448), block_shape, torch.bfloat16), product)
 
 
 @pytest.mark.parametrize(

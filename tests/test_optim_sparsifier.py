@@ -13,7 +13,9 @@ from pytorch_block_sparse.optim import (
     BlockMovement,
     BlockRigL,
     BlockSET,
+    Every,
     GradualMagnitude,
+    Sparsifier,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -364,3 +366,21 @@ def test_compiled_models_are_compiled_once(name):
     assert len(sparsifier.log) == 4
     assert torch.equal(model[0].pattern.mask(), plain[0].pattern.mask())
     assert torch.equal(model[2].pattern.mask(), plain[2].pattern.mask())
+
+
+def test_a_method_of_ones_own_names_the_layers_that_it_changed():
+    class OfOneLayer(Sparsifier):
+        def _update(self):
+            layer = self.layers[0]
+            absent = self._absent(layer)[:2]
+            self._replace(layer, torch.arange(2), absent)
+            return {layer.name: 2}
+
+    model = mlp(0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = OfOneLayer(model, optimizer, Every(1, 0, 10))
+    train_step(model, optimizer, sparsifier)
+    (entry,) = sparsifier.log
+    counts = [layer.module.block_count for layer in sparsifier.layers]
+    assert entry["churn"] == 2 / sum(counts)
+    assert [line["churn"] for line in entry["layers"].values()] == [2 / counts[0], 0]

@@ -9,7 +9,7 @@ from torch import nn
 from .._module import own
 from .._sharded import refuse_sharded
 from ..matrix import zero_outside_
-from ..optim.sparsifier import sparse_layers
+from ..optim.layers import sparse_layers
 
 
 @torch.no_grad()

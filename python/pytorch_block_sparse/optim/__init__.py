@@ -10,9 +10,9 @@ A method is applied to model and optimizer and stepped after the optimizer::
         optimizer.zero_grad()
 
 Each method is one file: ``block_set``, ``block_rigl``, ``gradual_magnitude``, ``block_movement``,
-``block_wanda``. They stand on ``sparsifier`` (when), ``scores`` and ``choose`` (which), ``observe``
-(what passes through a layer) and ``update`` (the change itself). ``importance`` only measures,
-``rates`` knows the learning rate that sparse weights want.
+``block_wanda``. They stand on ``sparsifier`` (when), ``layers`` (who), ``scores`` and ``choose``
+(which), ``observe`` (what passes through a layer) and ``update`` (the change itself).
+``importance`` only measures, ``rates`` knows the learning rate that sparse weights want.
 """
 
 from .block_movement import BlockMovement

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .._progress import progress
 from . import scores
 from .choose import highest, without_nan
+from .layers import SparseLayer
 from .schedule import Cubic, Every, share_of
-from .sparsifier import SparseLayer, Sparsifier
+from .sparsifier import Sparsifier
 
 
 class BlockMovement(Sparsifier):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .block_set import BlockSET
 from .choose import highest, random_sample, without_nan
+from .layers import SparseLayer
 from .observe import CandidateGradients
 from .schedule import Schedule
-from .sparsifier import SparseLayer
 from .update import block_ids, others
 
 

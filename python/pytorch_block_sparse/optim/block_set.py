@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import scores
 from .choose import lowest, random_sample, without_nan
+from .layers import SparseLayer
 from .schedule import Cosine, Every, Schedule, share_of
-from .sparsifier import SparseLayer, Sparsifier
+from .sparsifier import Sparsifier
 
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
 

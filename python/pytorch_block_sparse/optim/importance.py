@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..linear import BlockSparseLinear
 from . import scores
 from .choose import generator, random_sample
+from .layers import sparse_layers
 from .observe import (
     CandidateGradients,
     GradientWatcher,
@@ -22,7 +23,6 @@ from .observe import (
     PooledGradients,
     watch_inputs,
 )
-from .sparsifier import sparse_layers
 from .update import absent_ids
 
 _FROM_GRADIENTS = ("effect", "average", "fisher")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .sparsifier import sparse_layers
+from .layers import sparse_layers
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:

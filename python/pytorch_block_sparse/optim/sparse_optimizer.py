@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..linear import BlockSparseLinear
 from . import scores
 from .choose import generator, lowest, random_sample, without_nan
-from .sparsifier import sparse_layers
+from .layers import sparse_layers
 from .update import absent_ids, holds, replace_blocks_
 
 _DISTRIBUTIONS = ("uniform", "gaussian")

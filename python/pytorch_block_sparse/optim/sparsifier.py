@@ -18,7 +18,6 @@ step that a GradScaler skipped nothing happens.
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,78 +25,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._sharded import refuse_sharded
-from ..linear import BlockSparseLinear
 from .choose import generator
+from .layers import SparseLayer, sparse_layers
 from .schedule import Every
 from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _CALLS_BEFORE_WARNING = 100
-
-
-@dataclass(eq=False)
-class SparseLayer:
-    """One layer in the care of a sparsifier.
-
-    Attributes:
-        name: full name in the model, without the wrappers of DDP and torch.compile.
-        module: the layer.
-        born: int64 ``[nnz]``, the step at which each block was grown; 0: there from the start.
-        alive: bool ``[nnz]``; False where a block is held at zero until the next compaction.
-        dead: int64, ascending: positions of the blocks that are not alive.
-        start: number of blocks when the sparsifier was made.
-    """
-
-    name: str
-    module: BlockSparseLinear
-    born: Tensor
-    alive: Tensor
-    dead: Tensor
-    start: int
-
-    @classmethod
-    def of(cls, name: str, module: BlockSparseLinear) -> "SparseLayer":
-        """A layer whose blocks were all there from the start, and are alive."""
-        nnz, device = module.block_count, module.values.device
-        born = torch.zeros(nnz, dtype=torch.int64, device=device)
-        return cls(name, module, born, torch.ones_like(born, dtype=torch.bool), born[:0], nnz)
-
-    def set_alive(self, alive: Tensor) -> None:
-        """Says which blocks are alive."""
-        self.alive, self.dead = alive, (~alive).nonzero().squeeze(1)
-
-    @property
-    def cells(self) -> int:
-        """Number of blocks of the full grid."""
-        rows, cols = self.module.pattern.grid
-        return rows * cols
-
-
-def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
-    """The block-sparse layers of `model`, by name, or ValueError if there is none.
-
-    Names lose what DDP, torch.compile and checkpointing put into them, so that they are the same
-    on every rank and in every run.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
-        model, "_orig_mod"
-    ):
-        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-        assert isinstance(inner, nn.Module)
-        model = inner
-    layers: dict[str, BlockSparseLinear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BlockSparseLinear):
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            layers[name] = module
-    if not layers:
-        raise ValueError(
-            "model: has no BlockSparseLinear; replace its layers with BlockSparseModelPatcher first"
-        )
-    return layers
 
 
 class Sparsifier:
@@ -262,7 +195,7 @@ class Sparsifier:
     # --- for a method to fill in ------------------------------------------------------------------
 
     def _update(self) -> dict[str, int] | dict[str, Tensor]:
-        """Changes the pattern. Returns the number of blocks changed, by layer.
+        """Changes the pattern. Returns the number of blocks changed, by layer where there are any.
 
         As int or, so that nobody waits for the device here, as a tensor without dimensions.
         """
@@ -346,12 +279,11 @@ class Sparsifier:
     def _run_update(self) -> dict[str, Any]:
         before = [layer.alive.sum() for layer in self.layers]
         changed = self._update()
-        numbers = [
-            torch.stack(
-                [torch.as_tensor(changed[layer.name]).to(count), count, *self._measure(layer)]
-            ).to(before[0].device)
-            for layer, count in zip(self.layers, before, strict=True)
-        ]
+        numbers = []
+        for layer, count in zip(self.layers, before, strict=True):
+            moved = torch.as_tensor(changed.get(layer.name, 0)).to(count)
+            line = torch.stack([moved, count, *self._measure(layer)])
+            numbers.append(line.to(before[0].device))
         rows = torch.stack(numbers).tolist()  # one round trip to the device for all layers
         total = [sum(column) for column in zip(*rows, strict=True)]
         entry = {

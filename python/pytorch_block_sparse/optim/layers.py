@@ -1,0 +1,79 @@
+"""The block-sparse layers of a model, and what is kept of each: who is cared for, not how.
+
+Names lose what DDP, torch.compile and checkpointing put into them, so that they are the same on
+every rank and in every run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import BlockSparseLinear
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(eq=False)
+class SparseLayer:
+    """One layer in the care of a sparsifier.
+
+    Attributes:
+        name: full name in the model, without the wrappers of DDP and torch.compile.
+        module: the layer.
+        born: int64 ``[nnz]``, the step at which each block was grown; 0: there from the start.
+        alive: bool ``[nnz]``; False where a block is held at zero until the next compaction.
+        dead: int64, ascending: positions of the blocks that are not alive.
+        start: number of blocks when the sparsifier was made.
+    """
+
+    name: str
+    module: BlockSparseLinear
+    born: Tensor
+    alive: Tensor
+    dead: Tensor
+    start: int
+
+    @classmethod
+    def of(cls, name: str, module: BlockSparseLinear) -> "SparseLayer":
+        """A layer whose blocks were all there from the start, and are alive."""
+        nnz, device = module.block_count, module.values.device
+        born = torch.zeros(nnz, dtype=torch.int64, device=device)
+        return cls(name, module, born, torch.ones_like(born, dtype=torch.bool), born[:0], nnz)
+
+    def set_alive(self, alive: Tensor) -> None:
+        """Says which blocks are alive."""
+        self.alive, self.dead = alive, (~alive).nonzero().squeeze(1)
+
+    @property
+    def cells(self) -> int:
+        """Number of blocks of the full grid."""
+        rows, cols = self.module.pattern.grid
+        return rows * cols
+
+
+def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    """The block-sparse layers of `model`, by name, or ValueError if there is none.
+
+    Names lose what DDP, torch.compile and checkpointing put into them, so that they are the same
+    on every rank and in every run.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    layers: dict[str, BlockSparseLinear] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            layers[name] = module
+    if not layers:
+        raise ValueError(
+            "model: has no BlockSparseLinear; replace its layers with BlockSparseModelPatcher first"
+        )
+    return layers
