@@ -64,8 +64,13 @@ def test_every_block_shape_equals_the_cpu(kind, dtype, product):
 def test_in_several_chunks(block_shape, product):
     sizes = (9000, 4000)  # 69 MiB
     pattern = make_pattern(random, sizes, block_shape)
-    problem = make_problem((128, *sizes), block_shape, torch.bfloat16, pattern).to("cuda")
-    pattern = pattern.to("cuda")
+    problem = make_problem((128, *sizes), block_shape, torch.bfloat16, pattern)
+    if product != "grad_weight":
+        # Every feature in one token only: cuBLAS may round partial sums to bfloat16.
+        for tensor in (problem.input, problem.grad_output):
+            elsewhere = torch.arange(tensor.shape[1]) % 128 != torch.arange(128)[:, None]
+            tensor.masked_fill_(elsewhere, 0)
+    problem, pattern = problem.to("cuda"), pattern.to("cuda")
     result = run_over_nan(problem, product)
     problem.values, problem.bias = problem.values.float(), problem.bias.float()
     problem.input, problem.grad_output = problem.input.float(), problem.grad_output.float()
@@ -236,7 +241,8 @@ def test_when_it_is_chosen(dtype, block_shape, density, tokens, precision, kerne
     torch.set_float32_matmul_precision(precision)
     blocks = int(density * (14336 // block_shape[0]) * (4096 // block_shape[1]))
     values = torch.empty(1, dtype=dtype, device="cuda").expand(blocks, *block_shape)
-    for product in PRODUCTS:
+    # grad_weight has a kernel of its own on Hopper.
+    for product in PRODUCTS if kernel != "cuda_sm90_panel" else ("forward", "grad_input"):
         text = block_sparse.explain(values, product, tokens, 14336, 4096, False)
         assert chosen_kernel(text)[0] == kernel, text
 
@@ -252,7 +258,7 @@ def test_when_it_is_chosen(dtype, block_shape, density, tokens, precision, kerne
         ((16, 16), 0.25, 8192, "cuda_sm90_strip"),
         ((16, 16), 1.0, 512, "cuda_sm90_strip"),
         ((16, 16), 1.0, 8192, "cuda_dense"),
-        ((96, 96), 0.1, 8192, "cuda_sm80_strip"),
+        ((96, 96), 0.1, 8192, "cuda_sm90_panel"),
         ((48, 80), 0.1, 8192, "cuda_sm80_strip"),
         ((48, 80), 0.5, 8192, "cuda_dense"),
     ],
@@ -269,7 +275,8 @@ def test_when_it_is_chosen_before_kernels_with_tensor_cores(
         assert chosen_kernel(text)[0] == kernel, text
 
 
-def test_small_products_are_another_kernels():
+def test_small_products_are_another_kernels(monkeypatch):
+    monkeypatch.delenv("BLOCK_SPARSE_KERNEL")
     pattern = make_pattern(random, SIZES[0], (8, 8))
     problem = make_problem((TOKENS, *SIZES[0]), (8, 8), torch.bfloat16, pattern).to("cuda")
     for product in PRODUCTS:

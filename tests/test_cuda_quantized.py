@@ -67,7 +67,8 @@ def test_on_a_gpu_it_is_as_close_as_torch(kernel, dtype, force_kernel):
 
 
 def test_on_a_gpu_it_takes_a_kernel_with_tensor_cores():
-    served = served_layer(dtype=torch.bfloat16).to("cuda")
+    pattern = pattern_of("random", (2048, 2048), (32, 32))
+    served = layer_of_normals(pattern, torch.bfloat16).quantize().to("cuda")
     for tokens, kernel in ((1, "cuda_skinny"), (64, "cuda_skinny"), (8192, "cuda_dense")):
         assert chosen_kernel(served.explain(tokens))[0] == kernel
     assert served.values.device.type == "cuda"
