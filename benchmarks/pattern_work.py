@@ -4,12 +4,18 @@ Usage: python benchmarks/pattern_work.py [--device cuda] [--json FILE]
 
 A Llama-like decoder with random tokens. For each method two models, patched alike, train in turn in
 one process; one of them has the method, put into the middle of its schedule at its own cadence. A
-window is a whole number of updates, so that all is in it: the updates, what is done in each step,
-and what is collected outside `sparsifier.step()`. Both compute with the same number of blocks:
-nothing is freed inside the windows. Figures are medians over the windows.
+window is a whole number of updates, so that all is in it. Both compute with the same number of
+blocks: nothing is freed inside the windows.
+
+The work itself is timed: `sparsifier.step()`, what it collects before a step of the optimizer, and
+the hooks that watch a backward. On a GPU each of these waits for the device before and after, so
+nothing of it overlaps with the training, as it would: the figure is an upper bound. On a CPU it is
+the time of the processor, with one thread, since other processes disturb it least. The difference
+between the two models, whole windows of them, is what it must agree with, but for the noise.
 
 The share of the whole training is that of the windows times the part of the training in which the
 method is at work, and compaction (6 times or once in a training, timed apart) over `--steps`.
+Figures are medians over the windows, `+-` is how far the windows are from them.
 """
 
 import argparse
@@ -27,7 +33,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytorch_block_sparse import BlockSparseModelPatcher
-from pytorch_block_sparse.optim import BlockMovement, BlockRigL, BlockSET, GradualMagnitude
+from pytorch_block_sparse.optim import (
+    BlockMovement,
+    BlockRigL,
+    BlockSET,
+    GradualMagnitude,
+    Sparsifier,
+)
+from pytorch_block_sparse.optim.observe import GradientWatcher
 
 # density at the start, how to make it, at which share of the training, compactions of a training
 METHODS = {
@@ -40,6 +53,34 @@ SIZES = {
     "cuda": {"hidden": 2048, "layers": 2, "tokens": 8192, "block": 32, "rounds": 2},
     "cpu": {"hidden": 256, "layers": 2, "tokens": 512, "block": 32, "rounds": 2},
 }
+
+
+class Stopwatch:
+    """Adds up the seconds inside of the functions that it watches, while it is `on`."""
+
+    def __init__(self, device):
+        self.now = time.perf_counter if device == "cuda" else time.process_time
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.on, self.inside, self.seconds = False, False, 0.0
+
+    def read(self):
+        self.wait()
+        return self.now()
+
+    def watch(self, owner, name):
+        """Puts a timed function in the place of `owner.name`."""
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            if not self.on or self.inside:
+                return function(*args, **kwargs)
+            start, self.inside = self.read(), True
+            result = function(*args, **kwargs)
+            self.seconds += self.read() - start
+            self.inside = False
+            return result
+
+        setattr(owner, name, timed)
 
 
 class Training:
@@ -66,12 +107,11 @@ class Training:
         self.sparsifier = make(self.model, self.optimizer) if make else None
         self.ids = torch.randint(2048, (args.tokens // 128, 128), device=args.device)
         self.half = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-        self.wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+        self.stopwatch = args.stopwatch
 
     def steps(self, count):
         """Seconds for so many training steps."""
-        self.wait()
-        start = time.perf_counter()
+        start = self.stopwatch.read()
         for _ in range(count):
             with self.half:
                 loss = self.model(self.ids, labels=self.ids).loss
@@ -80,8 +120,14 @@ class Training:
             if self.sparsifier is not None:
                 self.sparsifier.step()
             self.optimizer.zero_grad()
-        self.wait()
-        return time.perf_counter() - start
+        return self.stopwatch.read() - start
+
+    def work(self, count):
+        """Seconds of pattern work in so many training steps."""
+        self.stopwatch.on, self.stopwatch.seconds = True, 0.0
+        self.steps(count)
+        self.stopwatch.on = False
+        return self.stopwatch.seconds
 
     def jump(self, step):
         """To the step before an update, the last one before `step`, and makes that update."""
@@ -96,11 +142,9 @@ class Training:
 
     def compact(self):
         """Seconds."""
-        self.wait()
-        start = time.perf_counter()
+        start = self.stopwatch.read()
         self.sparsifier.compact()
-        self.wait()
-        return time.perf_counter() - start
+        return self.stopwatch.read() - start
 
 
 def measure(args, name):
@@ -112,29 +156,41 @@ def measure(args, name):
     ours.steps(5)
     ours.jump(int(where * args.steps))
     count = every * -(-args.window // every)
-    pairs = [(ours.steps(count), plain.steps(count)) for _ in range(args.rounds)]
+    with_it, without, work = [], [], []
+    for _ in range(args.rounds):
+        with_it.append(ours.steps(count) / count)
+        without.append(plain.steps(count) / count)
+        work.append(ours.work(count) / count)
     updates = [entry["step"] for entry in ours.sparsifier.log]
-    assert len(updates) == 1 + args.rounds * count // every, updates
-    with_it, without = (statistics.median(times) / count for times in zip(*pairs, strict=True))
-    spread = max(abs(a / b - with_it / without) for a, b in pairs)
+    assert len(updates) == 1 + 2 * args.rounds * count // every, updates
     compaction = ours.compact() if compactions else 0.0
     schedule, total = ours.sparsifier.schedule, args.steps
     active = (schedule.end - schedule.begin) / total
-    compacting = compactions * compaction / (total * without)
-    share = active * (with_it / without - 1) + compacting
+    step = statistics.median(without)
+    compacting = compactions * compaction / (total * step)
+    measured, spread = around([seconds / step for seconds in work])
+    difference, noise = around([a / b - 1 for a, b in zip(with_it, without, strict=True)])
     return {
         "method": name,
-        "step_ms": 1e3 * without,
-        "step_with_method_ms": 1e3 * with_it,
+        "step_ms": 1e3 * step,
+        "work_ms": 1e3 * statistics.median(work),
         "update_every": every,
         "steps_measured": args.rounds * count,
         "density_in_the_end": ours.sparsifier.density(),
         "compaction_ms": 1e3 * compaction,
         "active": active,
-        "share_while_active": with_it / without - 1,
-        "share": share,
+        "share_while_active": measured,
+        "share": active * measured + compacting,
         "spread": active * spread,
+        "difference": active * difference + compacting,
+        "difference_spread": active * noise,
     }
+
+
+def around(figures):
+    """Their median, and how far the farthest is from it."""
+    median = statistics.median(figures)
+    return median, max(abs(figure - median) for figure in figures)
 
 
 def main():
@@ -152,24 +208,33 @@ def main():
     early = parser.parse_args()
     parser.set_defaults(**SIZES[early.device])
     args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    args.stopwatch = Stopwatch(args.device)
+    args.stopwatch.watch(Sparsifier, "step")
+    args.stopwatch.watch(Sparsifier, "_before_optimizer_step")
+    args.stopwatch.watch(GradientWatcher, "_after_forward")
+    args.stopwatch.watch(GradientWatcher, "_after_backward")
     lines = []
     print(
-        "| method | step, ms | with the method | update every | compaction, ms "
-        "| while active | active | share of the training | +- |"
+        "| method | step, ms | pattern work, ms | update every | compaction, ms "
+        "| active | share of the training | +- | difference | +- |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in args.methods:
         line = measure(args, name)
         lines.append(line)
         print(
-            f"| {name} | {line['step_ms']:.2f} | {line['step_with_method_ms']:.2f} "
+            f"| {name} | {line['step_ms']:.2f} | {line['work_ms']:.3f} "
             f"| {line['update_every']} | {line['compaction_ms']:.0f} "
-            f"| {100 * line['share_while_active']:.2f} % | {100 * line['active']:.0f} % "
-            f"| {100 * line['share']:.2f} % | {100 * line['spread']:.2f} |",
+            f"| {100 * line['active']:.0f} % "
+            f"| {100 * line['share']:.2f} % | {100 * line['spread']:.2f} "
+            f"| {100 * line['difference']:.2f} % | {100 * line['difference_spread']:.2f} |",
             flush=True,
         )
     if args.json is not None:
-        setup = {key: value for key, value in vars(args).items() if key not in ("json", "methods")}
+        own = ("json", "methods", "stopwatch")
+        setup = {key: value for key, value in vars(args).items() if key not in own}
         setup["command"] = shlex.join(["python", "benchmarks/pattern_work.py", *sys.argv[1:]])
         setup["date"] = datetime.date.today().isoformat()
         if args.device == "cuda":
