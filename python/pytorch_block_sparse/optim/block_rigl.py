@@ -32,8 +32,8 @@ class BlockRigL(BlockSET):
 
     Args:
         model, optimizer, total_steps, every, end, score, new_values, second_moment, seed, only,
-            process_group: see :class:`BlockSET`. By default there is an update every 100 steps (or
-            each quarter of `end`, if that is less).
+            process_group: see :class:`BlockSET`. By default there are about 30 updates, but at
+            least 100 steps between them (or a quarter of `end`, if that is less).
         drop: the share to start with (it falls as a cosine), or a schedule of it.
         candidates: how many blocks are scored for each one grown.
         random_share: share of the new blocks that is random.
@@ -101,7 +101,7 @@ class BlockRigL(BlockSET):
 
     @staticmethod
     def _default_interval(end: int) -> int:
-        return max(1, min(end // 4, 100))
+        return max(1, min(end // 4, max(100, end // 30)))
 
     def _prepare(self) -> None:
         self._release()

@@ -64,11 +64,13 @@ class InputSquares:
 
     def add(self, input: Tensor) -> None:
         """Counts the tokens of `input`, ``[..., in_features]``."""
-        x = input.detach().reshape(-1, self.layer.in_features).float()
-        x = nn.functional.pad(x, (0, self.sum.shape[0] * self.sum.shape[1] - x.shape[1]))
-        x = x.view(len(x), *self.sum.shape[:2])
-        squares = torch.einsum("tci,tcj->cij", x, x) if self.sum.dim() == 3 else x.square().sum(0)
-        self.sum += squares
+        x = input.detach().reshape(-1, self.layer.in_features)
+        missing = (0, self.sum.shape[0] * self.sum.shape[1] - x.shape[1])
+        if self.sum.dim() == 3:
+            x = nn.functional.pad(x.float(), missing).view(len(x), *self.sum.shape[:2])
+            self.sum += torch.einsum("tci,tcj->cij", x, x)
+        else:
+            self.sum += nn.functional.pad(_squares(x), missing).view(self.sum.shape)
         self.tokens += len(x)
 
     def mean(self, group: Any = None) -> Tensor:
@@ -76,6 +78,13 @@ class InputSquares:
         return all_reduce_(self.sum.clone(), group) / all_reduce_(self.tokens.clone(), group).clamp(
             min=1
         )
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares of each column, in float32."""
+    if x.is_cuda and x.dtype != torch.float64:  # reads x once and writes no squares
+        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+    return x.float().square().sum(0)  # on a CPU this is faster
 
 
 @contextmanager
@@ -102,6 +111,8 @@ class GradientWatcher:
     finite (a step that a GradScaler skips) is not counted.
     """
 
+    sum: Tensor
+
     def __init__(self, layer: BlockSparseLinear) -> None:
         self.layer = layer
         self.passes = torch.zeros((), dtype=torch.float64, device=layer.values.device)
@@ -115,11 +126,13 @@ class GradientWatcher:
 
     @torch.no_grad()
     def _after_backward(self, input: Tensor, gradient: Tensor) -> None:
-        finite = gradient.isfinite().all()
-        self._add(input, torch.where(finite, gradient, 0))
+        # The sum is finite if all are, and needs no array of booleans.
+        finite = gradient.sum(dtype=self.sum.dtype).isfinite()
+        self.sum += torch.where(finite, self._gather(input, gradient), 0)
         self.passes += finite
 
-    def _add(self, input: Tensor, gradient: Tensor) -> None:
+    def _gather(self, input: Tensor, gradient: Tensor) -> Tensor:
+        """What a pass adds to `sum`."""
         raise NotImplementedError
 
     def remove(self) -> None:
@@ -152,10 +165,10 @@ class CandidateGradients(GradientWatcher):
         self._index = indices_of(ids, layer.pattern)[2]
         super().__init__(layer)
 
-    def _add(self, input: Tensor, gradient: Tensor) -> None:
-        x = input.to(gradient.dtype)
-        self.sum += ops.grad_weight(gradient, x, self._index, *self.sum.shape)
+    def _gather(self, input: Tensor, gradient: Tensor) -> Tensor:
         self.inputs.add(input)
+        x = input.to(gradient.dtype)
+        return ops.grad_weight(gradient, x, self._index, *self.sum.shape)
 
     def norms(self, *, per_input_rms: bool = False, group: Any = None) -> Tensor:
         """``[n]``: the 2-norm of the gradient of each candidate, summed over all ranks first.
@@ -183,9 +196,9 @@ class PooledGradients(GradientWatcher):
         self.sum = torch.zeros(layer.pattern.grid, device=layer.values.device)
         super().__init__(layer)
 
-    def _add(self, input: Tensor, gradient: Tensor) -> None:
+    def _gather(self, input: Tensor, gradient: Tensor) -> Tensor:
         block_out, block_in = self.layer.block_shape
-        self.sum += _norms(gradient, block_out).t() @ _norms(input, block_in)
+        return _norms(gradient, block_out).t() @ _norms(input, block_in)
 
     def bounds(self, group: Any = None) -> Tensor:
         """float32 ``[block_rows, block_cols]``, over all ranks."""
