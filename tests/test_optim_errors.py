@@ -96,6 +96,8 @@ def test_numbers_out_of_range():
         BlockSET(model, optimizer, 100, drop=1.5)
     with pytest.raises(ValueError, match="score: must be one of"):
         BlockSET(model, optimizer, 100, score="l3")
+    with pytest.raises(ValueError, match="score: must be one of"):
+        GradualMagnitude(model, optimizer, 100, density=0.1, score="l3")
     with pytest.raises(ValueError, match="interval: must be at least 1"):
         BlockSET(model, optimizer, 100, every=0)
     with pytest.raises(ValueError, match="candidates: must be at least 1"):

@@ -17,6 +17,7 @@ from pytorch_block_sparse.optim import (
     SparseOptimizer,
     choose,
     parameter_groups,
+    scores,
     teacher_of,
 )
 
@@ -101,6 +102,29 @@ def test_ties_and_nan():
 
 def logits_of(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_relative_scores_are_their_formula():
+    inf = float("inf")
+    norms, ids = torch.tensor([1.0, 2.0, 4.0, -inf]), torch.tensor([0, 1, 3, 5])  # a grid of 3 x 2
+    rows = {0: (1 + 2) / 2, 1: 4 / 2}
+    cols = {0: 1 / 3, 1: (2 + 4) / 3}
+    by_hand = [
+        norm / (rows[id // 2] * cols[id % 2]) ** 0.25 for id, norm in ((0, 1), (1, 2), (3, 4))
+    ]
+    got = scores.relative(norms, ids, (3, 2))
+    assert got[:3].tolist() == pytest.approx(by_hand)
+    assert got[3] == -inf
+    assert (scores.relative(torch.zeros(2), torch.tensor([0, 5]), (3, 2)) == 0).all()
+
+
+def test_relative_scores_leave_something_to_weak_columns():
+    norms = torch.ones(8, 8)
+    norms[:, 0] = 0.9  # a whole column that is a little smaller than the others
+    ids = torch.arange(64)
+    plain, relative = norms.flatten(), scores.relative(norms.flatten(), ids, (8, 8))
+    assert plain[::8].max() / plain.max() == pytest.approx(0.9)
+    assert relative[::8].max() / relative.max() == pytest.approx(0.9**0.75, rel=0.02)
 
 
 def test_distillation_is_its_formula_over_the_tokens_that_count():

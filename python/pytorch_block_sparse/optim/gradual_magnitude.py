@@ -14,12 +14,14 @@ from .._progress import progress
 from . import scores
 from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
+from .layers import SparseLayer
 from .schedule import Cubic, Every, share_of
 from .sparsifier import Sparsifier
+from .update import block_ids
 
 
 class GradualMagnitude(Sparsifier):
-    """Removes the blocks of lowest L1 norm, along a cubic schedule of the density.
+    """Removes the blocks of lowest norm, along a cubic schedule of the density.
 
     Density goes from that of the model (patch it at density 1) to `density` between `begin` and
     `end`: d(t) = d_end + (d_start - d_end) (1 - progress)^3. A removed block is held at zero; its
@@ -30,12 +32,15 @@ class GradualMagnitude(Sparsifier):
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
         total_steps: T, the length of the training in real optimizer steps.
         density: of all layers together, at the end, in (0, 1].
-        begin, end: first and last step with an update; by default 0.1 T and 0.5 T: what is left
+        begin, end: first and last step with an update; by default 0.1 T and 0.4 T: what is left
             of the training is for the blocks that are left.
         updates: number of updates.
         compactions: at how many of them memory is freed; 0: never (then call :meth:`compact`).
-        distribution: "uniform" (each layer has the same density), "erk", or "global" (blocks of all
-            layers compete by mean |W|; each layer keeps at least one).
+        distribution: "erk" (small and oblong layers are kept denser), "uniform" (each layer has the
+            same density), or "global" (blocks of all layers compete; each layer keeps at least
+            one).
+        score: what the blocks are ranked by: "relative" (the 2-norm, against those of the block's
+            row and column), or a plain norm, "l1", "l2" or "max".
 
     Raises:
         ValueError: also a model that is sparser than `density` already, or compactions under DDP.
@@ -69,7 +74,8 @@ class GradualMagnitude(Sparsifier):
         end: int | None = None,
         updates: int = 40,
         compactions: int = 6,
-        distribution: str = "uniform",
+        distribution: str = "erk",
+        score: str = "relative",
         seed: int = 0,
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
@@ -78,7 +84,10 @@ class GradualMagnitude(Sparsifier):
             raise ValueError(
                 f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"
             )
-        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.5, end)
+        if score != "relative" and score not in scores.FROM_WEIGHTS:
+            known = ["relative", *scores.FROM_WEIGHTS]
+            raise ValueError(f"score: must be one of {known}, got {score!r}")
+        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.4, end)
         every = max(1, (end - begin) // updates)
         last = begin + max(1, min(updates, (end - begin) // every)) * every
         self._progress = Cubic(1.0, 0.0, begin, min(end, last))  # (1 - progress)^3
@@ -89,6 +98,7 @@ class GradualMagnitude(Sparsifier):
         if compactions:
             self._refuse_compaction_under_ddp()
         self.distribution = distribution
+        self.score = score
         self.compactions = compactions
         grids = {layer.name: layer.module.pattern.grid for layer in self.layers}
         self._final = layer_counts(grids, density, distribution)
@@ -109,12 +119,10 @@ class GradualMagnitude(Sparsifier):
 
     def _update(self) -> dict[str, Tensor]:
         before = {layer.name: layer.alive.sum() for layer in self.layers}
-        norms = {}
-        for layer in self.layers:
-            values = layer.module.values
-            norm = scores.l1(values) / values[0].numel()
-            norm = without_nan(norm, layer.name).masked_fill(~layer.alive, -torch.inf)
-            norms[layer.name] = norm
+        norms = {
+            layer.name: self._scores(layer).masked_fill(~layer.alive, -torch.inf)
+            for layer in self.layers
+        }
         counts = {
             layer.name: round(
                 self._final[layer.name]
@@ -130,6 +138,14 @@ class GradualMagnitude(Sparsifier):
         if self._compaction_due():
             self.compact()
         return changed
+
+    def _scores(self, layer: SparseLayer) -> Tensor:
+        values = layer.module.values
+        if self.score != "relative":
+            norms = without_nan(scores.FROM_WEIGHTS[self.score](values), layer.name)
+            return norms / values[0].numel() if self.score == "l1" else norms
+        norms = without_nan(scores.l2(values), layer.name)
+        return scores.relative(norms, block_ids(layer.module.pattern), layer.module.pattern.grid)
 
     def _compaction_due(self) -> bool:
         if not self.compactions:

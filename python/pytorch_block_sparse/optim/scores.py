@@ -28,6 +28,25 @@ def largest(values: Tensor) -> Tensor:
     return _wide(values).abs().amax(dim=(1, 2))
 
 
+def relative(norms: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Norm of a block over (mean of its block row * mean of its block column)^(1/4).
+
+    Half way, in logarithms, between the norm and the norm over the geometric mean of the two: a row
+    or a column of small blocks keeps some, and one of large blocks does not keep all. Relative
+    importance as such is from RIA (Zhang et al., ICLR 2024: of single weights, after training).
+
+    Args:
+        norms: ``[nnz]``; minus infinity counts as zero for the others.
+        ids: int64 ``[nnz]``, block row * block columns + block column.
+        grid: (block rows, block columns); a mean is over all cells, absent ones too.
+    """
+    # Sums of a dense grid, not an index_add: the same bits in every run, on every rank.
+    cells = norms.new_zeros(grid[0] * grid[1]).index_copy_(0, ids, norms.clamp(min=0))
+    rows, cols = cells.view(grid).mean(1), cells.view(grid).mean(0)
+    around = rows[ids // grid[1]] * cols[ids % grid[1]]
+    return norms / around.clamp(min=torch.finfo(norms.dtype).tiny) ** 0.25
+
+
 def effect(values: Tensor, gradient: Tensor) -> Tensor:
     """sum W*G, signed: minus the first-order change of the loss when the block is removed."""
     wide, slope = _wide(values), _wide(gradient)
