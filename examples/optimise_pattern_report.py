@@ -20,6 +20,12 @@ class Cell(NamedTuple):
     pattern_share: float
 
 
+def named(run: Result, separator: str = ", ") -> str:
+    """The method, and its options where they are not the defaults."""
+    options = (f"{name} {value}" for name, value in run["options"].items())
+    return separator.join([run["method"], *options])
+
+
 def summary(results: list[Result]) -> list[Cell]:
     """One cell for all seeds, in the order of densities, blocks and METHODS."""
     groups: dict[str, list[Result]] = {}
@@ -56,9 +62,8 @@ def print_table(results: list[Result]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for cell in summary(results):
         run = cell.run
-        options = "".join(f", {name} {value}" for name, value in run["options"].items())
         print(
-            f"| {run['method']}{options} | {run['density']:g} | {run['block'] or ''} "
+            f"| {named(run)} | {run['density']:g} | {run['block'] or ''} "
             f"| {run['learning_rate']:g} | {cell.parameters:,} | {cell.mean:.4f} "
             f"| {cell.spread:.4f} | {cell.seeds} | {cell.seconds:.0f} "
             f"| {100 * cell.pattern_share:.1f} % |"
@@ -66,14 +71,18 @@ def print_table(results: list[Result]) -> None:
 
 
 def main_cells(results: list[Result]) -> dict[tuple[str, float, int], Cell]:
-    """For each method, density and block the cell with most seeds, without options.
+    """For each method, density and block the cell without options, or with most seeds.
 
     The others, checks of a learning rate or an option, are in the table and not in the picture.
     """
     found: dict[tuple[str, float, int], Cell] = {}
+
+    def rank(cell: Cell) -> tuple[bool, int]:
+        return not cell.run["options"], cell.seeds
+
     for cell in summary(results):
         key = (cell.run["method"], cell.run["density"], cell.run["block"])
-        if not cell.run["options"] and (key not in found or cell.seeds > found[key].seeds):
+        if key not in found or rank(cell) > rank(found[key]):
             found[key] = cell
     return found
 
@@ -100,11 +109,13 @@ def draw(results: list[Result], path: Path) -> None:
                 for (name, density, size), cell in table.items()
                 if name == method and (size == block or name == "dense, small")
             ]
+            if not cells:
+                continue
             ax.errorbar(
                 [x + 0.07 * (number - len(methods) / 2) for x, _ in cells],  # side by side
                 [cell.mean for _, cell in cells],
                 yerr=[cell.spread for _, cell in cells],
-                label=method,
+                label=named(cells[0][1].run, "\n  "),
                 marker="o",
                 markersize=5,
                 linewidth=1,
