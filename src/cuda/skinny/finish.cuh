@@ -44,13 +44,14 @@ constexpr int kFinishThreads = 256;
 template <class C>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const __grid_constant__ Params params) {
+  ptx::let_next_kernel_start();
   store_empty_rows<C>(params);
   const int first = blockIdx.x;  // the CTA that began the row
   const bool begun =
       goes_on<C>(params, first + 1) && !(is_one_row<C>(params, first) && goes_on<C>(params, first));
   int end = first + 2;  // past the CTA that ended it
   while (begun && goes_on<C>(params, end) && is_one_row<C>(params, end - 1)) ++end;
-  const int size = params.strips * C::kSums;  // of the parts of a CTA
+  const int size = params.members * C::kSums;  // of the parts of a CTA
   const int i = blockIdx.y * kFinishThreads + threadIdx.x;
   ptx::wait_for_previous_kernel();
   if (!begun || i >= size) return;
@@ -62,10 +63,13 @@ __global__ void __launch_bounds__(kFinishThreads)
     sums.x += more.x, sums.y += more.y, sums.z += more.z, sums.w += more.w;
     if (cta < end) more = continued[int64_t{cta - first} * size];
   }
-  const int piece = i / 32;  // [strip][kHigh][kWide]
+  const int piece = i / 32;  // [strip][kParts][kHigh][kWide]
+  const int wide = piece % C::kWide, high = piece / C::kWide % C::kHigh;
+  const int member = piece / C::kWide / C::kHigh;
   const int output =
       row_of<C>(params, units_of_cta(params, first + 1).begin) * params.block_outputs;
-  store<C>(params, piece % C::kWide * 8, output + piece / C::kWide * 16, sums, threadIdx.x % 32);
+  store<C>(params, member % C::kParts * C::kWarpTokens + wide * 8,
+           output + member / C::kParts * C::kOutputs + high * 16, sums, threadIdx.x % 32);
 }
 
 }  // namespace block_sparse::cuda::skinny
