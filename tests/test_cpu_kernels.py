@@ -5,13 +5,15 @@ Inputs are small integers, so that every sum is exact in every dtype and in any 
 
 import platform
 import re
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from pytorch_block_sparse.testing import kernel_names
+from pytorch_block_sparse import BlockSparseMatrix, Pattern
+from pytorch_block_sparse.testing import assert_close_to_float64, kernel_names
 
 ops = torch.ops.block_sparse
 
@@ -208,6 +210,28 @@ def test_x_or_blocks_larger_than_a_cache(run_with, threads, level, tokens, nnz):
     threads(2)
     calls = products(index, tokens, 1024, 1024, (32, 32), torch.float32)
     check(run_with, "cpu_panel", level, calls, f"{tokens} tokens, {nnz} blocks")
+
+
+@needs_level
+@pytest.mark.parametrize("tokens", [4, 64])
+@pytest.mark.parametrize("block", [(32, 32), (8, 8), (16, 1), (1, 16)], ids=str)
+def test_long_sums_are_as_close_to_float64_as_torch(run_with, block, tokens, level):
+    torch.manual_seed(0)
+    for out, inputs in ((64, 4096), (4096, 64)):
+        pattern = Pattern.random((out, inputs), 0.5, block)
+        values = torch.randn(pattern.nnz, *block)
+        weight = BlockSparseMatrix(values, pattern).to_dense()
+        x = torch.randn(tokens, 4096)
+        if inputs == 4096:
+            exact, dense = x.double() @ weight.double().T, x @ weight.T
+            run = partial(ops.forward, x, values, pattern.index, None, out)
+        else:
+            exact, dense = x.double() @ weight.double(), x @ weight
+            run = partial(ops.grad_input, x, values, pattern.index, inputs)
+        for kernel in KERNELS:
+            y = run_with(kernel, level, run)
+            if y is not None:
+                assert_close_to_float64(y, exact, dense)
 
 
 @needs_level

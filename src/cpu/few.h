@@ -3,6 +3,8 @@
 // nothing is packed. Not for many tokens: the sums of a tile would not suffice to hide the reads.
 #pragma once
 
+#include <utility>
+
 #include "block_sparse/product.h"
 #include "cpu/blocks.h"
 #include "cpu/epilogue.h"
@@ -94,7 +96,8 @@ class Few {
   template <int kOutputs, int kCount>
   void dot_rows(Range entries, int64_t row, const Storage* x, Sum* to) const {
     constexpr int64_t kStep = kLane * Math::kDepth;
-    Vec<Sum> sums[kOutputs][kCount] = {};
+    Vec<Sum> sums[kOutputs][kCount] = {}, summed[kOutputs][kCount] = {};
+    int64_t chain = 0;
     for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t depth = walk_.depth[entry] * block_.in;
       const int64_t count = std::min(block_.in, walk_.depths - depth);
@@ -116,9 +119,18 @@ class Few {
           for (int t = 0; t < kCount; ++t) sums[r][t] = Math::multiply_add(a, b[t], sums[r][t]);
         }
       }
+      chain += (count + kStep - 1) / kStep;
+      if (chain >= kChainSteps) {
+        chain = 0;
+        for (int r = 0; r < kOutputs; ++r) {
+          for (int t = 0; t < kCount; ++t) summed[r][t] += std::exchange(sums[r][t], Vec<Sum>{});
+        }
+      }
     }
     for (int r = 0; r < kOutputs; ++r) {
-      for (int t = 0; t < kCount; ++t) to[t * kPanelOutputs + r] = add_lanes<Sum>(sums[r][t]);
+      for (int t = 0; t < kCount; ++t) {
+        to[t * kPanelOutputs + r] = add_lanes<Sum>(summed[r][t] + sums[r][t]);
+      }
     }
   }
 
@@ -126,17 +138,25 @@ class Few {
   template <int kVectors, int kCount>
   void add_rows(Range entries, int64_t output, const Storage* dy, Sum* to) const {
     Tile<Math, kCount, kVectors> tile;
+    bool first = true;
+    int64_t chain = 0;
     for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t depth = walk_.depth[entry] * block_.out;
+      const int64_t steps = std::min(block_.out, walk_.depths - depth);
       const int64_t later = std::min(entry + 1, last_entry_);
       const auto block = [&](int64_t e) {
         return values_ + walk_.number[e] * block_.out * block_.in + output;
       };
       tile.multiply(Scalars<Packed, false>{dy + depth, x_.row_stride},
-                    Vectors<Packed>{block(entry), block_.in, block(later), block_.in},
-                    std::min(block_.out, walk_.depths - depth));
+                    Vectors<Packed>{block(entry), block_.in, block(later), block_.in}, steps);
+      chain += steps;
+      if (chain >= kChainSteps) {
+        tile.add_to(to, kPanelOutputs, std::exchange(first, false));
+        tile = {};
+        chain = 0;
+      }
     }
-    tile.store(to, kPanelOutputs);
+    tile.add_to(to, kPanelOutputs, first);
   }
 
   Walk walk_;

@@ -266,6 +266,8 @@ class Panel {
   __attribute__((noinline)) void run_tile(const Slice& slice, int64_t token, const Packed* x,
                                           const Later& later) const {
     Tile<Math, kHigh, kWide> tile;
+    alignas(64) Sum sums[kHigh * kWide * kLane];  // of the steps before those in the tile
+    int64_t summed = 0, in_tile = 0;              // steps
     if (later.tokens > 0) fetch_tokens(later, slice);
     const auto column = [&](const Packed* from, int64_t step) {
       return from + step / kColumn * column_stride_ + step % kColumn;
@@ -276,6 +278,13 @@ class Panel {
       const int64_t end =
           begin +
           (std::min(walk_.depth_block, walk_.depths - depth) + Math::kDepth - 1) / Math::kDepth;
+      if (in_tile + end - begin > kChainSteps && in_tile > 0) {
+        tile.add_to(sums, kWide * kLane, summed == 0);
+        tile = {};
+        summed += in_tile;
+        in_tile = 0;
+      }
+      in_tile += end - begin;
       // What is needed next: the same steps of the entry after this one, or of the next tile.
       if (fetch_blocks_) fetch_block(later, entry - slice.entries.begin);
       const bool last = entry + 1 == slice.entries.end;
@@ -290,6 +299,7 @@ class Panel {
         step += count;
       }
     }
+    if (summed > 0) tile.add(sums, kWide * kLane);
     store_rows(tile, static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output,
                y_.row_stride, slice.output, slice.count, epilogue_, stream_);
   }

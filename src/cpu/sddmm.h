@@ -228,9 +228,8 @@ class Sddmm {
                                           const GatheredVectors<Packed, kVectors>& vectors,
                                           int64_t steps, bool add, Sum* sums) const {
     Tile<Math, kRows, kVectors> tile;
-    if (add) tile.load(sums, kVectors * kLane);
     tile.multiply(Scalars<Packed, true>{scalars, rows_.width}, GatheredVectors(vectors), steps);
-    tile.store(sums, kVectors * kLane);
+    tile.add_to(sums, kVectors * kLane, !add);
   }
 
   // Sums of some rows in one vector, to where they belong in dW: transposed where outputs are

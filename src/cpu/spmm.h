@@ -23,7 +23,7 @@ class Spmm {
   // Outputs of a strip that are collected before they are transposed: whole cache lines.
   static constexpr int64_t kPanelOutputs = 32;
   // Depth of the entries that rows take in turn: half of the first cache.
-  static constexpr int64_t kGroupDepth = 128 * Math::kDepth;
+  static constexpr int64_t kGroupDepth = kChainSteps * Math::kDepth;
   // The blocks are read once per chunk of x. While they stay in the last cache, a chunk that stays
   // in the second is best; blocks that come from memory, or are converted each time, want few
   // chunks, in the last cache.
@@ -155,10 +155,10 @@ class Spmm {
                                           int64_t row, const Packed* strip, Sum* sums) const {
     constexpr int kWidth = kVectors * kLanes<Sum>;
     Tile<Math, kRows, kVectors> tile;
-    if (entries.begin != slice.entries.begin) tile.load(sums, kWidth);
+    const bool first = entries.begin == slice.entries.begin;
     if (Math::kDepth == 1 && walk_.depth_block == 1) {
       multiply_singles(tile, slice, entries, row, strip);
-      return tile.store(sums, kWidth);
+      return tile.add_to(sums, kWidth, first);
     }
     for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t depth = walk_.depth[entry] * walk_.depth_block;
@@ -172,7 +172,7 @@ class Spmm {
       tile.multiply(weights_.scalars(slice, entry, row),
                     Vectors<Packed>{strip + depth / Math::kDepth * kWidth, kWidth, ahead}, steps);
     }
-    tile.store(sums, kWidth);
+    tile.add_to(sums, kWidth, first);
   }
 
   // Blocks that are one step deep: an entry each would be more of a loop than of a product.

@@ -14,6 +14,10 @@ namespace block_sparse::cpu::BLOCK_SPARSE_LEVEL {
 inline constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
 inline constexpr int kTileVectors = 3;
 
+// A sum of many terms is made of sums of about so many steps: a long chain of additions rounds
+// worse.
+inline constexpr int64_t kChainSteps = 128;
+
 // Where the scalars of the one operand are: element (row, step) of a block.
 // kAdjacentRows: at step * stride + row; else at row * stride + step.
 template <class Packed, bool kAdjacentRows>
@@ -147,17 +151,6 @@ struct Tile {
 
   Vec<Sum> sums[kSets][kRows][kVectors] = {};
 
-  // Row after row, `stride` elements apart.
-  BLOCK_SPARSE_INLINE void load(const Sum* from, int64_t stride) {
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        sums[0][row][v] = BLOCK_SPARSE_LEVEL::load(from + row * stride + v * kLanes<Sum>);
-      }
-    }
-  }
-
   template <class Scalars, class Vectors>
   BLOCK_SPARSE_INLINE void multiply(const Scalars& scalars, const Vectors& vectors, int64_t steps) {
     int64_t step = 0;
@@ -168,9 +161,22 @@ struct Tile {
     for (; step < steps; ++step) multiply_step(sums[0], scalars, vectors, step);
   }
 
-  BLOCK_SPARSE_INLINE void store(Sum* to, int64_t stride) const {
+  BLOCK_SPARSE_INLINE void add(const Sum* from, int64_t stride) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sums[0][row][v] += BLOCK_SPARSE_LEVEL::load(from + row * stride + v * kLanes<Sum>);
+      }
+    }
+  }
+
+  // Adds the sums to those that are there, row after row, `stride` elements apart; `first`: none
+  // are there yet.
+  BLOCK_SPARSE_INLINE void add_to(Sum* to, int64_t stride, bool first) const {
     for_each([&](int row, int v, Vec<Sum> sum) BLOCK_SPARSE_INLINE_LAMBDA {
-      BLOCK_SPARSE_LEVEL::store(to + row * stride + v * kLanes<Sum>, sum);
+      Sum* at = to + row * stride + v * kLanes<Sum>;
+      BLOCK_SPARSE_LEVEL::store(at, first ? sum : sum + BLOCK_SPARSE_LEVEL::load(at));
     });
   }
 
