@@ -46,7 +46,7 @@ from pytorch_block_sparse.optim.observe import GradientWatcher
 METHODS = {
     "SET": (0.25, BlockSET, {}, 0.25, 0),
     "RigL": (0.25, BlockRigL, {}, 0.25, 0),
-    "gradual": (1.0, GradualMagnitude, {"density": 0.25, "compactions": 0}, 0.4, 6),
+    "gradual": (1.0, GradualMagnitude, {"density": 0.25, "compactions": 0}, 0.25, 6),
     "movement": (1.0, BlockMovement, {"floor": 0.25, "compact": False}, 0.4, 1),
 }
 SIZES = {

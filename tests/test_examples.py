@@ -59,7 +59,9 @@ def test_optimise_pattern(tmp_path):
     table = {method: line.split(" | ") for method, line in rows}
     assert sorted(table) == sorted(methods)
     parameters = {name: int(line[2].replace(",", "")) for name, line in table.items()}
-    assert parameters["static"] == parameters["gradual + distillation"] < parameters["dense"] / 2
+    # ERK rounds the number of blocks in each layer.
+    assert parameters["gradual + distillation"] == pytest.approx(parameters["static"], rel=0.005)
+    assert parameters["static"] < parameters["dense"] / 2
     assert all(5 < float(line[3]) < 6 for line in table.values())  # log(512) is 6.2
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
