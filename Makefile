@@ -15,7 +15,7 @@ MODULES := $(shell find python -name '*.py' | sort | cksum | cut -d ' ' -f 1)
 INSTALLED := .venv/project-$(MODULES).stamp
 HAVE_GTEST = printf '\#include <gtest/gtest.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1
 
-.PHONY: help setup demo test test-cpp bench docs notebook lint format wheel clean
+.PHONY: help setup demo test test-fast test-cpp bench docs notebook lint format wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -28,6 +28,9 @@ demo: setup  ## train a language model dense and block sparse, and compare (unde
 
 test: setup test-cpp  ## all tests: C++ (where GoogleTest is found), then Python
 	python -m pytest -n auto --dist worksteal
+
+test-fast: setup  ## the Python tests but for the slowest (under 5 minutes on two cores)
+	python -m pytest -n auto --dist worksteal -m "not slow"
 
 bench: setup  ## time the products against torch's dense ones, and check the bars
 	python benchmarks/overhead.py

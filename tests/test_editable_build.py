@@ -37,6 +37,7 @@ class Environment:
         return subprocess.run([self.python, *arguments], text=True, capture_output=True, env=clean)
 
 
+@pytest.mark.slow
 def test_import_rebuilds_changed_sources(tmp_path):
     sources = tmp_path / "sources"
     shutil.copytree(

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 def test_train_language_model(tmp_path):
     result = subprocess.run(
         [
@@ -47,6 +48,7 @@ def test_train_language_model(tmp_path):
     assert here == there
 
 
+@pytest.mark.slow
 def test_optimise_pattern(tmp_path):
     methods = ["dense", "static", "gradual + distillation"]
     command = [sys.executable, str(EXAMPLES / "optimise_pattern.py"), "--quick"]

@@ -122,6 +122,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
         assert all(map(torch.equal, plain, again))
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_and_follows_the_pattern():
     torch.compiler.reset()
     model = mlp()

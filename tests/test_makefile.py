@@ -30,14 +30,14 @@ def make(tmp_path):
 def test_make_alone_lists_the_commands(make):
     listed = re.findall(r"^  make ([a-z-]+) +\S", make().stdout, re.MULTILINE)
     assert listed == [
-        *("help", "setup", "demo", "test", "bench", "docs", "notebook"),
+        *("help", "setup", "demo", "test", "test-fast", "bench", "docs", "notebook"),
         *("lint", "format", "wheel", "clean"),
     ]
 
 
 @pytest.mark.parametrize(
     "target",
-    ["setup", "demo", "test", "bench", "docs", "notebook", "lint", "format", "wheel"],
+    ["setup", "demo", "test", "test-fast", "bench", "docs", "notebook", "lint", "format", "wheel"],
 )
 def test_every_command_sets_up_first(make, target):
     commands = make("-n", target, "PYTHON=some-python", "TORCH=torch==2.11.0").stdout

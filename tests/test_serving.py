@@ -132,6 +132,7 @@ def package(tmp_path_factory):
 LIBRARY = find_spec("pytorch_block_sparse._C").origin
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_model_runs_without_python(aoti_run, package):
     files = [package / "model.pt2", package / "input.pt", package / "output.pt"]
@@ -140,6 +141,7 @@ def test_a_compiled_model_runs_without_python(aoti_run, package):
     assert torch.equal(torch.load(package / "output.pt", weights_only=True), wanted)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_compiled_model_takes_any_number_of_tokens(aoti_run, package, tmp_path):
     model = torch._inductor.aoti_load_package(str(package / "model.pt2"))
@@ -149,6 +151,7 @@ def test_the_compiled_model_takes_any_number_of_tokens(aoti_run, package, tmp_pa
     assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), model(x))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_traps(aoti_run, package, tmp_path):
     model, output = package / "model.pt2", tmp_path / "output.pt"

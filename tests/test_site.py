@@ -40,6 +40,7 @@ def test_the_committed_notebook_has_the_outputs_of_one_run():
     assert "torch 2." in printed(notebook) and "the same" in printed(notebook)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch, tmp_path):
     """In an empty folder: of this repository it needs the installed package only."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
