@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,30 @@ STEPS, TOKENS = 4, 8
 
 
 def two_processes(work, folder):
-    """What `work(rank, folder)` returned in each of two processes, as torchrun would start them."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.spawn(_run, (port, work, folder), nprocs=2)
-    return [torch.load(folder / f"result{rank}.pt") for rank in (0, 1)]
+    """What `work(rank, folder)` returned in each of two processes, as torchrun would start them.
+
+    They get two tries, of 240 s: gloo can hang on its own (seen once in hundreds of runs, torch
+    2.13: UnboundBuffer's destructor waits for ever), what hangs twice is ours.
+    """
+    for _ in range(2):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        if _ended(mp.spawn(_run, (port, work, folder), nprocs=2, join=False), seconds=240):
+            return [torch.load(folder / f"result{rank}.pt") for rank in (0, 1)]
+    raise TimeoutError("two processes hung, twice")
+
+
+def _ended(context, seconds):
+    """Whether all of its processes ended in time; kills them if not. Raises what one raised."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if context.join(timeout=deadline - time.monotonic()):
+            return True
+    for process in context.processes:
+        process.kill()
+        process.join()
+    return False
 
 
 def _run(rank, port, work, folder):
