@@ -1,6 +1,7 @@
 """Every vectorised CPU kernel, at every instruction set level, against the reference: bit for bit.
 
-Inputs are small integers, so that every sum is exact in every dtype and in any order.
+Inputs are small integers, so that every sum is exact in every dtype and in any order; but for the
+test of long sums, which are held against float64.
 """
 
 import platform
