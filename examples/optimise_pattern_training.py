@@ -131,7 +131,7 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
         fused=True,
     )
     sparsifier = make_sparsifier(args, model, optimizer)
-    distillation = DistillationLoss(temperature=2.0, alpha=0.9, causal=True)
+    distillation = DistillationLoss(causal=True)
     faster = fewer_inputs(args, model)
     warm_up = max(1, args.steps // 10)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._progress import progress
 from . import scores
-from .choose import highest, without_nan
+from .choose import highest
 from .layers import SparseLayer
 from .schedule import Cubic, Every, share_of
 from .sparsifier import Sparsifier
@@ -145,14 +145,15 @@ class BlockMovement(Sparsifier):
     def _after_step(self) -> None:
         self._hold_at_zero()
 
-    def _update(self) -> dict[str, Tensor]:
-        changed = {layer.name: self._mask(layer) for layer in self.layers}
+    def _update(self) -> dict[str, int]:
+        changed = [self._mask(layer).to(self.layers[0].born.device) for layer in self.layers]
         if self.steps == self.schedule.end and self.compact_at_end:
             self.compact()
-        return changed
+        names = [layer.name for layer in self.layers]
+        return dict(zip(names, torch.stack(changed).tolist(), strict=True))
 
     def _mask(self, layer: SparseLayer) -> Tensor:
-        score = without_nan(self.scores[layer.name], layer.name)
+        score = self._without_nan(layer, self.scores[layer.name])
         alive = torch.sigmoid(score) > self.tau(self.steps)
         least = min(len(score), max(1, round(self.floor * layer.cells)))
         alive.index_fill_(0, highest(score, least), True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .block_set import BlockSET
-from .choose import highest, random_sample, without_nan
+from .choose import highest, random_sample
 from .layers import SparseLayer
-from .observe import CandidateGradients
+from .observe import CandidateGradients, seen_by
 from .schedule import Schedule
 from .update import block_ids, others
 
@@ -99,10 +99,6 @@ class BlockRigL(BlockSET):
         if self.schedule.due(1):
             self._prepare()
 
-    @staticmethod
-    def _default_interval(end: int) -> int:
-        return max(1, min(end // 4, max(100, end // 30)))
-
     def _prepare(self) -> None:
         self._release()
         step = self.steps + 1
@@ -124,6 +120,7 @@ class BlockRigL(BlockSET):
 
     def _update(self) -> dict[str, int]:
         try:
+            self._forget_the_unseen()
             return super()._update()
         finally:
             self._release()
@@ -131,21 +128,22 @@ class BlockRigL(BlockSET):
     def _grow(self, layer: SparseLayer, count: int) -> Tensor:
         watched = self._watched.get(layer.name)
         best = torch.zeros(0, dtype=torch.int64, device=layer.born.device)
-        if watched is not None and self._saw_gradients(layer, watched):
+        if watched is not None:
             norms = watched.norms(per_input_rms=self.normalise, group=self.process_group)
-            norms = without_nan(norms, f"{layer.name}, candidates")
+            norms = self._without_nan(layer, norms)
             by_gradient = count - round(self.random_share * count)
             best = watched.ids[highest(norms, by_gradient)]
         rest = others(torch.cat([block_ids(layer.module.pattern), best]), layer.cells)
         random = random_sample(rest, count - len(best), self._random(layer, "grow"))
         return torch.cat([best, random])
 
-    def _saw_gradients(self, layer: SparseLayer, watched: CandidateGradients) -> bool:
-        seen = watched.seen(self.process_group)
-        if not seen:
-            warnings.warn(
-                f"{layer.name}: no finite gradient was seen at step {self.steps}; its new blocks "
-                "are random",
-                stacklevel=2,
-            )
-        return seen
+    def _forget_the_unseen(self) -> None:
+        """Layers without a finite gradient, on any rank, get random blocks, with a warning."""
+        for name, seen in seen_by(self._watched, self.process_group).items():
+            if not seen:
+                warnings.warn(
+                    f"{name}: no finite gradient was seen at step {self.steps}; its new blocks "
+                    "are random",
+                    stacklevel=2,
+                )
+                self._watched.pop(name).remove()

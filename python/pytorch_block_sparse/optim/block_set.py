@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scores
-from .choose import lowest, random_sample, without_nan
+from .choose import lowest, random_sample
 from .layers import SparseLayer
 from .schedule import Cosine, Every, Schedule, share_of
 from .sparsifier import Sparsifier
@@ -31,7 +31,7 @@ class BlockSET(Sparsifier):
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
         total_steps: T, the length of the training in real optimizer steps.
         drop: the share to start with, or a schedule of it.
-        every: steps between updates; by default so that there are about 80, but at least 100 steps
+        every: steps between updates; by default so that there are about 30, but at least 100 steps
             (or a quarter of `end`, if that is less): a new block that has learnt little is the next
             one to go, and the layer never has all its blocks at work.
         end: last step with an update; by default T / 2.
@@ -76,7 +76,8 @@ class BlockSET(Sparsifier):
         process_group: Any = None,
     ) -> None:
         end = share_of(total_steps, 0.5, end)
-        every = self._default_interval(end) if every is None else every
+        if every is None:
+            every = max(1, min(end // 4, max(100, end // 30)))
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
         if second_moment not in ("zero", "mean"):
@@ -94,17 +95,13 @@ class BlockSET(Sparsifier):
             process_group=process_group,
         )
 
-    @staticmethod
-    def _default_interval(end: int) -> int:
-        return max(1, min(end // 4, max(100, end // 80)))
-
     def _update(self) -> dict[str, int]:
         return {layer.name: self._update_layer(layer) for layer in self.layers}
 
     def _update_layer(self, layer: SparseLayer) -> int:
         count = self._count(layer, self.steps)
         ids = self._grow(layer, count)
-        norms = without_nan(self.score(layer.module.values), layer.name)
+        norms = self._without_nan(layer, self.score(layer.module.values))
         new_values = None if self.new_values is None else self.new_values(layer, len(ids))
         change = self._replace(layer, lowest(norms, len(ids)), ids, new_values)
         if self.second_moment == "mean":

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .._progress import progress
 from . import scores
-from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
 from .observe import InputSquares, watch_inputs
 from .schedule import Every
@@ -102,7 +101,7 @@ class BlockWanda(Sparsifier):
                     f"{layer.name}: saw no calibration data; run the model inside calibration()"
                 )
             norm = self._score(layer.module.values, mean, layer.module.col_indices)
-            norms[layer.name] = without_nan(norm, layer.name)
+            norms[layer.name] = self._without_nan(layer, norm)
         before = {layer.name: layer.module.block_count for layer in self.layers}
         counts = {name: min(count, before[name]) for name, count in self._counts.items()}
         keep = keep_blocks(norms, counts, self.distribution)

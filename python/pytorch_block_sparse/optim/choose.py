@@ -12,17 +12,25 @@ import torch
 from torch import Tensor
 
 
-def without_nan(scores: Tensor, where: str) -> Tensor:
-    """`scores` with minus infinity for NaN, and a warning if there is any."""
+def nan_as_lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores` with minus infinity for NaN, and how many these are, without a word to the host."""
     nan = torch.isnan(scores)
-    if nan.any():
+    return scores.masked_fill(nan, -math.inf), nan.sum()
+
+
+def warn_of_nan(count: int, of: int, where: str) -> None:
+    """Says that `count` of so many scores are NaN, if any is."""
+    if count:
         warnings.warn(
-            f"{where}: {int(nan.sum())} of {scores.numel()} block scores are NaN; they count as "
-            "the lowest",
-            stacklevel=2,
+            f"{where}: {count} of {of} block scores are NaN; they count as the lowest", stacklevel=3
         )
-        scores = scores.masked_fill(nan, -math.inf)
-    return scores
+
+
+def without_nan(scores: Tensor, where: str) -> Tensor:
+    """`scores` with minus infinity for NaN, and a warning if there is any. Waits for the device."""
+    clean, count = nan_as_lowest(scores)
+    warn_of_nan(int(count), scores.numel(), where)
+    return clean
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
@@ -47,4 +55,5 @@ def random_sample(items: Tensor, count: int, source: torch.Generator) -> Tensor:
     The same on every device: the order is drawn on the CPU.
     """
     order = torch.randperm(len(items), generator=source)[:count]
-    return items[order.to(items.device)]
+    # From pageable memory the driver takes a copy before the call returns: nobody has to wait.
+    return items[order.to(items.device, non_blocking=True)]

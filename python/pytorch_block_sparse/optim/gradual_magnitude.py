@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .._progress import progress
 from . import scores
-from .choose import without_nan
 from .distribution import keep_blocks, layer_counts
 from .layers import SparseLayer
 from .schedule import Cubic, Every, share_of
@@ -118,8 +117,8 @@ class GradualMagnitude(Sparsifier):
     def _after_step(self) -> None:
         self._hold_at_zero()
 
-    def _update(self) -> dict[str, Tensor]:
-        before = {layer.name: layer.alive.sum() for layer in self.layers}
+    def _update(self) -> dict[str, int]:
+        before = {layer.name: layer.alive_count for layer in self.layers}
         norms = {
             layer.name: self._scores(layer).masked_fill(~layer.alive, -torch.inf)
             for layer in self.layers
@@ -135,7 +134,7 @@ class GradualMagnitude(Sparsifier):
         for layer in self.layers:
             layer.set_alive(layer.alive & keep[layer.name])
         self._hold_at_zero()
-        changed = {layer.name: before[layer.name] - layer.alive.sum() for layer in self.layers}
+        changed = {layer.name: before[layer.name] - layer.alive_count for layer in self.layers}
         if self._compaction_due():
             self.compact()
         return changed
@@ -144,7 +143,7 @@ class GradualMagnitude(Sparsifier):
         values, pattern = layer.module.values, layer.module.pattern
         norm = scores.FROM_WEIGHTS["l2" if self.score == "relative" else self.score]
         # Against that of a block of ones: layers may differ in their block shapes.
-        norms = without_nan(norm(values) / norm(torch.ones_like(values[:1])), layer.name)
+        norms = self._without_nan(layer, norm(values) / norm(torch.ones_like(values[:1])))
         if self.score != "relative":
             return norms
         return scores.relative(norms, block_ids(pattern), pattern.grid)

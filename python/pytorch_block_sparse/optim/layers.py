@@ -46,6 +46,11 @@ class SparseLayer:
         self.alive, self.dead = alive, (~alive).nonzero().squeeze(1)
 
     @property
+    def alive_count(self) -> int:
+        """Number of blocks that are alive."""
+        return len(self.alive) - len(self.dead)
+
+    @property
     def cells(self) -> int:
         """Number of blocks of the full grid."""
         rows, cols = self.module.pattern.grid

@@ -6,7 +6,7 @@ again.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,9 +140,15 @@ class GradientWatcher:
         self._handle.remove()
         _Eager.release()
 
-    def seen(self, group: Any = None) -> bool:
-        """True if a finite gradient passed, on any rank."""
-        return bool(all_reduce_(self.passes.clone(), group) > 0)
+
+def seen_by(watchers: Mapping[str, GradientWatcher], group: Any = None) -> dict[str, bool]:
+    """Which of the watchers saw a finite gradient, on any rank. Waits for the device, once."""
+    if not watchers:
+        return {}
+    device = next(iter(watchers.values())).passes.device
+    passes = torch.stack([watcher.passes.to(device) for watcher in watchers.values()])
+    seen = (all_reduce_(passes, group) > 0).tolist()
+    return dict(zip(watchers, seen, strict=True))
 
 
 class CandidateGradients(GradientWatcher):

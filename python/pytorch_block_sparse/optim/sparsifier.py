@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._sharded import refuse_sharded
-from .choose import generator
+from .choose import generator, nan_as_lowest, warn_of_nan
 from .layers import SparseLayer, sparse_layers
 from .schedule import Every
 from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
@@ -81,6 +81,8 @@ class Sparsifier:
         self.log: list[dict[str, Any]] = []
         self._new_steps = 0  # of the optimizer, since the last call of step()
         self._calls_in_vain = 0
+        # Of this update: whose scores, how many, and how many of them are NaN.
+        self._nan: list[tuple[str, int, Tensor]] = []
         if max(schedule.begin, schedule.interval if not schedule.begin else 0) > schedule.end:
             warnings.warn(
                 f"{type(self).__name__}: no step is due: the first would be {schedule.interval}, "
@@ -153,7 +155,7 @@ class Sparsifier:
 
     def density(self) -> float:
         """Share of the blocks that are present, in all layers together."""
-        alive = sum(int(layer.alive.sum()) for layer in self.layers)
+        alive = sum(layer.alive_count for layer in self.layers)
         return alive / sum(layer.cells for layer in self.layers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,11 +196,8 @@ class Sparsifier:
 
     # --- for a method to fill in ------------------------------------------------------------------
 
-    def _update(self) -> dict[str, int] | dict[str, Tensor]:
-        """Changes the pattern. Returns the number of blocks changed, by layer where there are any.
-
-        As int or, so that nobody waits for the device here, as a tensor without dimensions.
-        """
+    def _update(self) -> dict[str, int]:
+        """Changes the pattern. Returns how many blocks were changed, for layers where any were."""
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -240,6 +239,12 @@ class Sparsifier:
             layer.set_alive(layer.alive[change.order] | change.fresh)
         return change
 
+    def _without_nan(self, layer: SparseLayer, scores: Tensor) -> Tensor:
+        """Scores with minus infinity for NaN. The warning comes with the log: nobody waits here."""
+        clean, count = nan_as_lowest(scores)
+        self._nan.append((layer.name, len(scores), count))
+        return clean
+
     def _compact(self, layer: SparseLayer) -> None:
         """Frees the memory of the blocks that are no longer alive."""
         keep = layer.alive
@@ -277,44 +282,43 @@ class Sparsifier:
         self._new_steps += 1
 
     def _run_update(self) -> dict[str, Any]:
-        before = [layer.alive.sum() for layer in self.layers]
+        before = [layer.alive_count for layer in self.layers]
+        self._nan = []
         changed = self._update()
-        numbers = []
-        for layer, count in zip(self.layers, before, strict=True):
-            moved = torch.as_tensor(changed.get(layer.name, 0)).to(count)
-            line = torch.stack([moved, count, *self._measure(layer)])
-            numbers.append(line.to(before[0].device))
-        rows = torch.stack(numbers).tolist()  # one round trip to the device for all layers
-        total = [sum(column) for column in zip(*rows, strict=True)]
+        # One round trip to the device for all layers.
+        device = self.layers[0].born.device
+        measured = [number.to(device) for layer in self.layers for number in self._measure(layer)]
+        measured += [number.to(device) for _, _, number in self._nan]
+        numbers = torch.stack(measured).tolist()
+        for (name, of, _), nan in zip(self._nan, numbers[3 * len(self.layers) :], strict=True):
+            warn_of_nan(nan, of, name)
+        layers = {}
+        for i, layer in enumerate(self.layers):
+            born, rows, cols = numbers[3 * i : 3 * i + 3]
+            layers[layer.name] = {
+                "density": layer.alive_count / max(1, layer.cells),
+                "churn": changed.get(layer.name, 0) / max(1, before[i]),
+                "age": self.steps - born / max(1, layer.alive_count),
+                "dead_rows": layer.module.pattern.grid[0] - rows,
+                "dead_cols": layer.module.pattern.grid[1] - cols,
+            }
         entry = {
             "step": self.steps,
-            "density": total[2] / sum(layer.cells for layer in self.layers),
-            "churn": total[0] / max(1, total[1]),
-            "layers": {
-                layer.name: {
-                    "density": alive / max(1, layer.cells),
-                    "churn": moved / max(1, count),
-                    "age": age / max(1, alive),
-                    "dead_rows": dead_rows,
-                    "dead_cols": dead_cols,
-                }
-                for layer, (moved, count, alive, age, dead_rows, dead_cols) in zip(
-                    self.layers, rows, strict=True
-                )
-            },
+            "density": self.density(),
+            "churn": sum(changed.values()) / max(1, sum(before)),
+            "layers": layers,
         }
         self.log.append(entry)
         return entry
 
     def _measure(self, layer: SparseLayer) -> list[Tensor]:
-        """int64: number of blocks, the sum of their ages, rows and columns without any."""
+        """int64, of the blocks that are alive: sum of `born`, rows and columns that have any."""
         pattern, alive = layer.module.pattern, layer.alive
-        rows = torch.zeros(pattern.grid[0], dtype=torch.int32, device=alive.device)
-        cols = torch.zeros(pattern.grid[1], dtype=torch.int32, device=alive.device)
-        rows.index_add_(0, pattern.row_indices, alive.int())
-        cols.index_add_(0, pattern.col_indices, alive.int())
-        age = ((self.steps - layer.born) * alive).sum()
-        return [alive.sum(), age, (rows == 0).sum(), (cols == 0).sum()]
+        rows = torch.zeros(pattern.grid[0], dtype=torch.bool, device=alive.device)
+        cols = torch.zeros(pattern.grid[1], dtype=torch.bool, device=alive.device)
+        rows.index_add_(0, pattern.row_indices, alive)
+        cols.index_add_(0, pattern.col_indices, alive)
+        return [(layer.born * alive).sum(), rows.sum(), cols.sum()]
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:

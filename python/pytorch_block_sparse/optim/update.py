@@ -109,7 +109,8 @@ def replace_blocks_(
     moved, order = torch.sort(moved)
     fresh = torch.zeros_like(moved, dtype=torch.bool).index_fill_(0, positions, True)[order]
     for tensor in moving:
-        tensor.copy_(tensor[order].masked_fill_(fresh[:, None, None], 0))
+        # A new block takes the place in `order` of one that goes, whose zeros it inherits.
+        tensor.copy_(tensor.index_fill_(0, positions, 0)[order])
 
     crow, col, index = _planned(moved, pattern)
     pattern.crow_indices.copy_(crow)
@@ -187,7 +188,7 @@ def compact_(
 
 def block_ids(pattern: Pattern) -> Tensor:
     """int64 ``[nnz]``: the ids of the present blocks, ascending. A copy."""
-    return pattern.row_indices.long() * pattern.grid[1] + pattern.col_indices
+    return torch.add(pattern.col_indices, pattern.row_indices.long(), alpha=pattern.grid[1])
 
 
 def absent_ids(pattern: Pattern) -> Tensor:
@@ -210,9 +211,10 @@ def indices_of(ids: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
     Shape and block shape are those of `pattern`. No kernel's plan is behind the index yet.
     """
     rows, cols = pattern.grid
-    starts = torch.arange(rows + 1, device=ids.device) * cols
-    crow = torch.searchsorted(ids, starts).to(torch.int32)
-    col = (ids % max(cols, 1)).to(torch.int32)
+    step = max(cols, 1)  # of no columns there are no ids, and where rows start is all the same
+    starts = torch.arange(0, rows * step + 1, step, device=ids.device)
+    crow = torch.searchsorted(ids, starts, out_int32=True)
+    col = (ids % step).to(torch.int32)
     index = torch.ops.block_sparse.index_from_bsr(crow, col, cols)
     return crow, col, index
 
