@@ -115,7 +115,8 @@ def held_out_loss(model: nn.Module, held_out: torch.Tensor) -> float:
 def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, run: Run) -> Result:
     """One training; returns the line for results.jsonl."""
     needed = need(args, run)
-    args = argparse.Namespace(**{**vars(args), **run})
+    args = argparse.Namespace(**{**vars(args), **run, "options": dict(run["options"])})
+    of_loss = {n: args.options.pop(n) for n in ("temperature", "alpha") if n in args.options}
     kept = torch.load(kept_by(args, needed), map_location=device) if needed else None
     masks = kept["patterns"] if args.method == "gradual's pattern" else None
     model = make_model(args, masks).to(device)
@@ -131,7 +132,7 @@ def train(args: argparse.Namespace, data: dict[str, torch.Tensor], device: str, 
         fused=True,
     )
     sparsifier = make_sparsifier(args, model, optimizer)
-    distillation = DistillationLoss(causal=True)
+    distillation = DistillationLoss(**of_loss, causal=True)
     faster = fewer_inputs(args, model)
     warm_up = max(1, args.steps // 10)
 
