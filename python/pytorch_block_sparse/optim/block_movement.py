@@ -93,7 +93,7 @@ class BlockMovement(Sparsifier):
         if every is None:
             every = max(10, (end - begin) // 65)
         if score_every is None:
-            score_every = min(10, max(1, (end - begin) // 500))
+            score_every = min(25, max(1, (end - begin) // 250))
         if score_every < 1:
             raise ValueError(f"score_every: must be at least 1, got {score_every}")
         self.tau = Cubic(0.0, threshold, begin, end)

@@ -55,6 +55,8 @@ class BlockRigL(BlockSET):
         [(5, 0.25), (10, 0.25)]
     """
 
+    _updates = 20  # in a long training: each costs twice as much as one of SET
+
     def __init__(
         self,
         model: nn.Module,

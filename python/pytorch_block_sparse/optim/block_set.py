@@ -59,6 +59,8 @@ class BlockSET(Sparsifier):
         [(3, 0.5), (6, 0.5), (9, 0.5)]
     """
 
+    _updates = 30  # in a long training
+
     def __init__(
         self,
         model: nn.Module,
@@ -77,7 +79,7 @@ class BlockSET(Sparsifier):
     ) -> None:
         end = share_of(total_steps, 0.5, end)
         if every is None:
-            every = max(1, min(end // 4, max(100, end // 30)))
+            every = max(1, min(end // 4, max(100, end // self._updates)))
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
         if second_moment not in ("zero", "mean"):
