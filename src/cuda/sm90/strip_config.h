@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "block_sparse/dtype.h"
 #include "block_sparse/host_device.h"
@@ -24,6 +25,10 @@ constexpr int kCluster = 2;
 constexpr int kWLoaders = 3;
 
 constexpr int kMaxWarpgroups = 3;
+
+// A tile may have fewer tokens than there is room for; wgmma then takes the smallest of these N
+// that is enough. Each costs code in every kernel.
+constexpr int kFewTokens = 64, kSomeTokens = 128;
 
 // What a CTA works on. Per stage of the depth it loads tokens x 128 bytes of x and
 // outputs x 128 x density of W, and what an SM can take in limits it: the largest tile is best that
@@ -103,6 +108,9 @@ struct Config {
   Piece piece;
   Tile tile;
 };
+
+template <Config kConfig>
+using Element = std::conditional_t<kConfig.dtype == Dtype::bf16, BFloat16, Float16>;
 
 template <Config kConfig>
 struct Sizes {

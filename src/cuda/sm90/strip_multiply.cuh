@@ -49,13 +49,13 @@ class Multiply {
     ptx::keep_in_register(speaks_);
   }
 
-  __device__ __forceinline__ void run(int first_tile, int clusters) {
+  __device__ __forceinline__ void run(int first_task, int clusters) {
     Sums sums[kGroups];
     Batch fragments[2];
-    int tile = first_tile;
-    begin(tile);
+    int task = first_task;
+    begin(task);
     begin_list();
-    for (; tile < params_.raster.tiles(); tile += clusters) {
+    for (; task < params_.split.tasks(); task += clusters) {
 #pragma unroll
       for (Sums& group : sums) {
 #pragma unroll
@@ -65,7 +65,7 @@ class Multiply {
       held_ = 0;
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
-        const Item mine = item_of(next_);
+        const Item mine = item_of(from + lane_ < items_ ? next_ : 0);
         next_ = __ldg(list_ + from + 32);
         Item items[2][kBatch];
 #pragma unroll
@@ -90,7 +90,7 @@ class Multiply {
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
-      begin(tile + clusters);
+      begin(task + clusters);
       store<0>(sums, outputs);
       begin_list();  // on its way while the rest is stored
       store<1>(sums, outputs);
@@ -103,22 +103,26 @@ class Multiply {
 
   static constexpr int kReadAhead = static_cast<int>(WalkLayout::kItemPadding);
 
-  // Where a tile's results go: first token, first output of each group.
+  // Where the results go: first token, first output of each group; or, of a part, its number.
   struct Outputs {
     int token;
     int first[kGroups];
+    int piece;
   };
 
   // Fetches what is known of a tile. Nothing is computed from it yet: that would wait for it.
-  __device__ __forceinline__ void begin(int tile) {
-    if (tile >= params_.raster.tiles()) return;
-    const Raster::Place place = params_.raster.at(tile);
+  __device__ __forceinline__ void begin(int next_task) {
+    if (next_task >= params_.split.tasks()) return;
+    coming_.task = next_task;
+    const Task task(params_.split, next_task);
+    const Raster::Place place = params_.raster.at(task.tile);
     const int panel = place.panel_cluster * kCluster + rank_;
-    const Span* span = params_.spans + panel * kTile.warpgroups + warpgroup_;
+    coming_.list = panel * kTile.warpgroups + warpgroup_;
+    const Span* span = params_.spans + coming_.list;
     coming_.span = {__ldg(&span->first), __ldg(&span->count)};
     coming_.stages = __ldg(params_.counts + place.panel_cluster);
-    coming_.token = place.token_tile * kTile.tokens;
-    coming_.place = (panel * kTile.warpgroups + warpgroup_) * kGroups * Size::kGroupRows + row_;
+    coming_.token = place.token_tile * params_.tile_tokens;
+    coming_.place = coming_.list * kGroups * Size::kGroupRows + row_;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       coming_.line[g] = line_at(params_, coming_.place + g * Size::kGroupRows);
@@ -127,20 +131,32 @@ class Multiply {
 
   // Then the first of its items.
   __device__ __forceinline__ void begin_list() {
-    const int first = min(max(coming_.span.first, 0), params_.item_capacity - kReadAhead);
-    stages_ = stages_of(params_, coming_.stages);
-    items_ = max(min(coming_.span.count, params_.item_capacity - kReadAhead - first), 0);
+    const Task task(params_.split, coming_.task);
+    const int all = stages_of(params_, coming_.stages);
+    stages_ = task.stage_count(all);
+    first_stage_ = task.first_stage(all);
+    Span span = coming_.span;
+    if (task.piece >= 0) {
+      const int32_t* firsts = params_.firsts + int64_t{coming_.list} * params_.stages;
+      const auto first_of = [&](int stage) {
+        return stage < all ? __ldg(firsts + stage) : coming_.span.count;
+      };
+      const int before = first_of(first_stage_);
+      span = {span.first + before, first_of(first_stage_ + stages_) - before};
+    }
+    const int first = min(max(span.first, 0), params_.item_capacity - kReadAhead);
+    items_ = max(min(span.count, params_.item_capacity - kReadAhead - first), 0);
     if (stages_ == 0) items_ = 0;
     list_ = params_.items + first + lane_;
     next_ = __ldg(list_);
   }
 
   __device__ __forceinline__ Outputs outputs_of_coming() const {
-    Outputs outputs{coming_.token, {}};
+    Outputs outputs{coming_.token, {}, Task(params_.split, coming_.task).piece};
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int place = coming_.place + g * Size::kGroupRows;
-      outputs.first[g] = first_output<kConfig>(params_, place, coming_.line[g]) + within_piece_;
+      outputs.first[g] = first_output(params_, place, coming_.line[g]) + within_piece_;
     }
     return outputs;
   }
@@ -153,7 +169,8 @@ class Multiply {
     uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
     if (slot >= Size::kRing) slot -= Size::kRing;
     slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
-    return {min(depth / kStageDepth, static_cast<uint32_t>(stages_ - 1)) |
+    const uint32_t stage = depth / kStageDepth - static_cast<uint32_t>(first_stage_);
+    return {min(stage, static_cast<uint32_t>(stages_ - 1)) |
             depth % kStageDepth / 8 << Item::kWithin | (word >> kItemGroup & 1) << Item::kGroup |
             uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
   }
@@ -193,14 +210,26 @@ class Multiply {
     if (kGroups == 2 && item.group() == 1) multiply_group(sums[kGroups - 1], fragments, x);
   }
 
+  __device__ __forceinline__ void multiply_group(Sums& sums, const Fragments& fragments,
+                                                 uint32_t x) const {
+    if (params_.tile_tokens > kSomeTokens) {
+      multiply_tokens<kTile.tokens>(sums, fragments, x);
+    } else if (params_.tile_tokens > kFewTokens) {
+      multiply_tokens<kSomeTokens>(sums, fragments, x);
+    } else {
+      multiply_tokens<kFewTokens>(sums, fragments, x);
+    }
+  }
+
   // Fence and commit stand in the branch, or ptxas serialises (C7520).
-  __device__ __forceinline__ static void multiply_group(Sums& sums, const Fragments& fragments,
-                                                        uint32_t x) {
+  template <int kTokens>
+  __device__ __forceinline__ static void multiply_tokens(Sums& sums, const Fragments& fragments,
+                                                         uint32_t x) {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < Size::kPieceSteps; ++step) {
-      multiply_strip<kConfig.dtype>(sums, fragments[step],
-                                    uint64_t{kHigh} << 32 | (x + step * (kStepDepth / 8)));
+      multiply_strip<kConfig.dtype, kTokens>(sums, fragments[step],
+                                             uint64_t{kHigh} << 32 | (x + step * (kStepDepth / 8)));
     }
     cute::warpgroup_commit_batch();
   }
@@ -272,11 +301,33 @@ class Multiply {
     }
   }
 
+  // Half of the tokens. Those beyond the tile's have no sums.
   template <int kHalf>
   __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
-    store_strip<kConfig, kHalf>(sums[0], params_, outputs.first[0], outputs.token, lane_);
-    if constexpr (kGroups == 2) {
-      store_strip<kConfig, kHalf>(sums[1], params_, outputs.first[1], outputs.token, lane_);
+    constexpr int kEights = kTile.tokens / 8;
+    const int end = min(params_.tokens, outputs.token + params_.tile_tokens);
+    const auto each_eight = [&](const auto& store) {
+#pragma unroll
+      for (int j = kHalf * kEights / 2; j < (kHalf + 1) * kEights / 2; ++j) {
+        if (outputs.token + j * 8 >= end) break;
+        store(j);
+      }
+    };
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float (&of)[kTile.tokens / 2] = sums[g];
+      if (outputs.piece >= 0) {
+        const int strip = (warpgroup_ * kGroups + g) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
+        float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
+                                  kTile.outputs() / kWarpOutputs, lane_);
+        each_eight([&](int j) {
+          __stcg(to + j * 32, make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
+        });
+      } else {
+        const StripStore<Element<kConfig>, kPiece.transposed> to(params_, outputs.first[g],
+                                                                 outputs.token, end, lane_);
+        each_eight([&](int j) { to.eight(&of[j * 4], j); });
+      }
     }
   }
 
@@ -292,8 +343,10 @@ class Multiply {
   uint32_t empty_;    // of the CTA that this lane tells
   int speaks_;        // 1: this lane does
 
-  // Of the tile that is next, or being computed: as it was read.
+  // Of the task that is next, or being computed: as it was read.
   struct {
+    int task;
+    int list;
     Span span;
     int32_t stages;
     int token;
@@ -304,7 +357,8 @@ class Multiply {
   const uint32_t* list_ = nullptr;
   int items_ = 0;
   uint32_t next_ = 0;  // of the list
-  int stages_ = 0;     // of the tile
+  int stages_ = 0;     // of the task
+  int first_stage_ = 0;
 
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next

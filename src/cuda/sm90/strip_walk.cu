@@ -25,6 +25,7 @@ struct Source {
   int columns, stages, panels;
   int item_capacity, piece_capacity, list_padding;
   Span* spans;
+  int32_t* firsts;
   int32_t* counts;
   StageRecord* records;
   uint32_t* items;
@@ -215,6 +216,9 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
       StageRecord& record = s.records[panel * s.stages + mine.stages];
       record.depth = column / columns;
       record.first = base + mine.pieces;
+      for (int w = 0; w < warpgroups; ++w) {
+        s.firsts[(panel * warpgroups + w) * s.stages + mine.stages] = mine.items[w];
+      }
     }
     __syncthreads();
     if (warp < rows) {
@@ -289,6 +293,7 @@ void build_walk(const PatternView& pattern, BlockShape block, bool transposed, c
   s.piece_capacity = static_cast<int>(layout.piece_capacity);
   s.list_padding = static_cast<int>(layout.list_padding);
   s.spans = reinterpret_cast<Span*>(walk + layout.spans);
+  s.firsts = walk + layout.firsts;
   s.counts = walk + layout.counts;
   s.records = reinterpret_cast<StageRecord*>(walk + layout.stages);
   s.items = reinterpret_cast<uint32_t*>(walk + layout.items);

@@ -34,7 +34,7 @@ struct StageRecord {
   uint32_t work;
 };
 
-// A warpgroup's list of items.
+// A warpgroup's list of items. Where in it each stage begins is listed too.
 struct Span {
   int32_t first, count;
 };
@@ -79,6 +79,7 @@ struct WalkLayout {
   static constexpr int64_t kPiecePadding = 128;
 
   int64_t spans = 0;   // [panels, warpgroups] Span
+  int64_t firsts = 0;  // [panels, warpgroups, stages]: of the items
   int64_t counts = 0;  // [panels / kCluster]: of the stages
   int64_t stages = 0;  // [panels, stages] StageRecord
   int64_t items = 0, pieces = 0, size = 0;
@@ -90,7 +91,8 @@ struct WalkLayout {
     list_padding = kItemPadding + (batch_of(lines.depth()) - 1) * lines.stages();
     item_capacity = lines.pieces() + lists * list_padding;
     piece_capacity = lines.pieces() + kPiecePadding;
-    counts = spans + 2 * lists;
+    firsts = spans + 2 * lists;
+    counts = firsts + lists * lines.stages();
     stages = counts + lines.panels() / kCluster;
     items = stages + 3 * (lines.panels() * lines.stages() + kStagePadding);
     pieces = items + item_capacity;

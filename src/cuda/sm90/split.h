@@ -1,0 +1,138 @@
+// How the strip kernel's product is cut for a GPU: how many tokens a tile has, and which tiles are
+// split along the sum, so that few tiles keep all of the chip busy. A cost decides, of a few rates
+// that were measured on an H100 (docs/notebook.md). No device code.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "block_sparse/product.h"
+#include "cuda/sm90/strip_walk.h"
+
+namespace block_sparse::cuda::sm90::strips {
+
+constexpr int kMaxParts = 16;
+
+// What the clusters of a launch do, one after the other: tiles (of a cluster), the last ones of
+// which in parts. Each part is a share of the stages, and its sums are stored for another kernel to
+// add up, in their order.
+struct Split {
+  int tiles;
+  int last;   // of them are split
+  int parts;  // of each of these
+
+  BLOCK_SPARSE_HOST_DEVICE constexpr int whole() const { return tiles - last; }
+  BLOCK_SPARSE_HOST_DEVICE constexpr int pieces() const { return last * parts; }
+  BLOCK_SPARSE_HOST_DEVICE constexpr int tasks() const { return whole() + pieces(); }
+};
+
+struct Task {
+  int tile;
+  int piece;  // where its sums go, among those of all parts; -1: it is a whole tile
+  int part, parts;
+
+  // Parts that are worked on together are the same of neighbouring tiles, which share x and W.
+  BLOCK_SPARSE_HOST_DEVICE constexpr Task(const Split& split, int task)
+      : tile(task), piece(task - split.whole()), part(0), parts(1) {
+    if (piece < 0) {
+      piece = -1;
+      return;
+    }
+    part = piece / split.last;
+    parts = split.parts;
+    tile = split.whole() + piece % split.last;
+  }
+
+  // The first of its stages, and how many it has.
+  BLOCK_SPARSE_HOST_DEVICE constexpr int first_stage(int stages) const {
+    return stages * part / parts;
+  }
+  BLOCK_SPARSE_HOST_DEVICE constexpr int stage_count(int stages) const {
+    return stages * (part + 1) / parts - first_stage(stages);
+  }
+};
+static_assert(kMaxStages * kMaxParts <= std::numeric_limits<int32_t>::max());
+
+// Microseconds.
+struct Cost {
+  int stages;    // of a tile
+  double stage;  // each
+  double start;  // of a tile or a part, until its first stage is there
+  double store;  // of a part's sums
+  double join;   // starting to add them up
+  double add;    // of one part of one tile, the whole chip at it
+};
+
+constexpr double time_of(const Split& split, const Cost& cost, int clusters) {
+  const auto rounds = [&](int tasks) { return (tasks + clusters - 1) / clusters; };
+  const int whole = rounds(split.whole()), parts = rounds(split.tasks()) - whole;
+  const int part_stages = (cost.stages + split.parts - 1) / split.parts;
+  double time = whole * (cost.start + cost.stages * cost.stage) +
+                parts * (cost.start + part_stages * cost.stage + cost.store);
+  if (split.last > 0) time += cost.join + split.pieces() * cost.add;
+  return time;
+}
+
+// The split that is done first. As long as tiles fill rounds they are whole, except those of the
+// last full round, which may be needed to make the parts of the rest even.
+constexpr Split split_of(int tiles, const Cost& cost, int clusters, int max_pieces) {
+  constexpr int kLeastStages = 2;  // of a part
+  Split best{tiles, 0, 1};
+  double least = time_of(best, cost, clusters);
+  const int full = tiles / clusters;
+  for (int rounds = std::max(full - 1, 0); rounds <= full; ++rounds) {
+    Split split{tiles, tiles - rounds * clusters, 2};
+    const int most = std::min(kMaxParts, cost.stages / kLeastStages);
+    for (; split.parts <= most && split.pieces() <= max_pieces; ++split.parts) {
+      const double time = time_of(split, cost, clusters);
+      if (split.last == 0 || time >= least) continue;
+      best = split;
+      least = time;
+    }
+  }
+  return best;
+}
+
+struct Plan {
+  int tile_tokens;  // a multiple of 16
+  int token_tiles;
+  Split split;
+  double time;         // microseconds
+  int64_t part_bytes;  // of the sums of a part
+  int64_t workspace() const { return split.pieces() * part_bytes; }
+};
+
+// `clusters`: that run at once.
+inline Plan plan_of(const ProductDesc& desc, int clusters) {
+  const Lines lines = lines_of(desc.grid(), desc.block, desc.product == Product::grad_input);
+  const Tile tile = lines.tile();
+  const bool narrow = lines.depth() == kStepDepth;
+  constexpr double kLaunch = 5;
+  constexpr int64_t kMostBytes = 48 << 20;  // of parts: what L2 holds
+  const auto with_width = [&](int width) {
+    Plan plan{};
+    plan.token_tiles = static_cast<int>((desc.tokens + width - 1) / width);
+    const auto share = static_cast<int>((desc.tokens + plan.token_tiles - 1) / plan.token_tiles);
+    plan.tile_tokens = (share + 15) / 16 * 16;
+    plan.part_bytes = int64_t{kCluster} * tile.outputs() * plan.tile_tokens * 4;
+    const Cost cost{.stages = static_cast<int>(lines.stages()),
+                    .stage = narrow ? 0.27 + width * 0.00135 : 0.20 + width * 0.00125,
+                    .start = 1,
+                    .store = plan.tile_tokens * 0.015,
+                    .join = 2,
+                    .add = static_cast<double>(plan.part_bytes) / 3e6};
+    const auto tiles = static_cast<int>(lines.panels() / kCluster * plan.token_tiles);
+    plan.split = split_of(tiles, cost, clusters, static_cast<int>(kMostBytes / plan.part_bytes));
+    plan.time = kLaunch + time_of(plan.split, cost, clusters);
+    return plan;
+  };
+  Plan best = with_width(tile.tokens);
+  for (const int width : {kSomeTokens, kFewTokens}) {
+    const Plan plan = with_width(width);
+    if (plan.time < best.time) best = plan;
+  }
+  return best;
+}
+
+}  // namespace block_sparse::cuda::sm90::strips
