@@ -1,10 +1,11 @@
-// The instructions of Ampere and later that the few-token kernels use: an asynchronous
-// copy, the small matrix product, and the order of two launches.
+// The instructions of Ampere and later that the few-token kernels use: an asynchronous copy and the
+// small matrix product.
 #pragma once
 
 #include <cstdint>
 
 #include "block_sparse/dtype.h"
+#include "cuda/overlap.cuh"
 #include "cuda/ptx.cuh"
 
 namespace block_sparse::cuda::skinny::ptx {
@@ -33,20 +34,6 @@ __device__ inline void multiply(float4& sums, const uint32_t (&a)[4], uint32_t b
         : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-}
-
-// From Hopper on the next kernel may start before this one has ended: it then waits, before it
-// reads what this one writes. Elsewhere it starts when this one has ended, and both do nothing.
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace block_sparse::cuda::skinny::ptx

@@ -44,12 +44,14 @@ struct Task {
     tile = split.whole() + piece % split.last;
   }
 
-  // The first of its stages, and how many it has.
+  // The first of its stages, and how many it has. Of a whole tile, nobody waits for `stages` to
+  // know where it begins.
   BLOCK_SPARSE_HOST_DEVICE constexpr int first_stage(int stages) const {
-    return stages * part / parts;
+    return part == 0 ? 0 : stages * part / parts;
   }
   BLOCK_SPARSE_HOST_DEVICE constexpr int stage_count(int stages) const {
-    return stages * (part + 1) / parts - first_stage(stages);
+    const int end = part + 1 == parts ? stages : stages * (part + 1) / parts;
+    return end - first_stage(stages);
   }
 };
 static_assert(kMaxStages * kMaxParts <= std::numeric_limits<int32_t>::max());

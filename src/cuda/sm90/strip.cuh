@@ -20,6 +20,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
 
 #include "cuda/overlap.cuh"
 #include "cuda/sm90/strip_load.cuh"
@@ -44,12 +45,15 @@ __global__ void __launch_bounds__(Choice::kConfig.tile.threads(), 1)
   if (threadIdx.x == 0) {
     shared.init_barriers();
     cutlass::arch::fence_barrier_init();
+    cute::prefetch_tma_descriptor(&params.x);
+    cute::prefetch_tma_descriptor(&params.values);
   }
-  ptx::let_next_kernel_start();  // the one that joins parts: it waits for this one
   for (int i = threadIdx.x; i < Size::kPieceBytes / 16; i += kTile.threads()) {
     reinterpret_cast<uint4*>(shared.w[Size::kRing])[i] = uint4{};
   }
   cute::cluster_sync();
+  ptx::wait_for_previous_kernel();  // so far nothing was read that it may write
+  ptx::let_next_kernel_start();     // perhaps the one that joins parts
 
   if (threadIdx.x / 128 == kTile.warpgroups) {
     cutlass::arch::warpgroup_reg_dealloc<kTile.producer_registers>();

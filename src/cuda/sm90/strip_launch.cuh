@@ -89,15 +89,21 @@ int resident_clusters(cudaLaunchConfig_t& config) {
   return clusters;
 }
 
+// The kernel may start before the one before it has ended, and waits for it itself.
+inline cudaLaunchAttribute overlap() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
 // Adds up the parts, where there are any.
 template <Config kConfig>
 void launch_join(const Params& params, cudaStream_t stream) {
   constexpr int kStrips = kConfig.tile.outputs() / kWarpOutputs;
   const int64_t warps = int64_t{params.split.last} * kCluster * kStrips * (params.tile_tokens / 8);
   if (params.split.parts == 1) return;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early = overlap();
   cudaLaunchConfig_t config{};
   config.gridDim = {static_cast<unsigned>((warps * 32 + kJoinThreads - 1) / kJoinThreads), 1, 1};
   config.blockDim = {kJoinThreads, 1, 1};
@@ -114,18 +120,19 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Plan& plan,
             cudaStream_t stream) {
   const Params params = params_of<Choice::kConfig>(desc, args, plan);
   if (params.split.tasks() == 0) return;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster, 1, 1};
+  std::array<cudaLaunchAttribute, 2> attributes{cudaLaunchAttribute{}, overlap()};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = {kCluster, 1, 1};
   config.blockDim = {Choice::kConfig.tile.threads(), 1, 1};
   config.dynamicSmemBytes = sizeof(Shared<Choice::kConfig>) + 1024;  // to align it
   static_assert(sizeof(Shared<Choice::kConfig>) + 1024 <= kMaxSharedBytes);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes.data();
+  config.numAttrs = 1;  // of clusters that are resident, only their size matters
   config.gridDim.x = std::min(resident_clusters<Choice>(config), params.split.tasks()) * kCluster;
+  config.numAttrs = attributes.size();
   check_cuda(cudaLaunchKernelEx(&config, strip_kernel<Choice>, params), "cuda_sm90_strip");
   launch_join<Choice::kConfig>(params, stream);
 }
