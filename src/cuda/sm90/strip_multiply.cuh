@@ -101,6 +101,7 @@ class Multiply {
   static constexpr uint64_t kOperand = swizzled_operand<kStageDepth * 2>();
   static constexpr uint32_t kHigh = kOperand >> 32;
 
+  static constexpr int kRows = kGroups * Size::kGroupRows;  // of a warpgroup
   static constexpr int kReadAhead = static_cast<int>(WalkLayout::kItemPadding);
 
   // Where the results go: first token, first output of each group; or, of a part, its number.
@@ -117,12 +118,12 @@ class Multiply {
     const Task task(params_.split, next_task);
     const Raster::Place place = params_.raster.at(task.tile);
     const int panel = place.panel_cluster * kCluster + rank_;
-    coming_.list = panel * kTile.warpgroups + warpgroup_;
-    const Span* span = params_.spans + coming_.list;
+    const int list = panel * kTile.warpgroups + warpgroup_;
+    const Span* span = params_.spans + list;
     coming_.span = {__ldg(&span->first), __ldg(&span->count)};
     coming_.stages = __ldg(params_.counts + place.panel_cluster);
     coming_.token = place.token_tile * params_.tile_tokens;
-    coming_.place = coming_.list * kGroups * Size::kGroupRows + row_;
+    coming_.place = list * kRows + row_;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       coming_.line[g] = line_at(params_, coming_.place + g * Size::kGroupRows);
@@ -137,7 +138,7 @@ class Multiply {
     first_stage_ = task.first_stage(all);
     Span span = coming_.span;
     if (task.piece >= 0) {
-      const int32_t* firsts = params_.firsts + int64_t{coming_.list} * params_.stages;
+      const int32_t* firsts = params_.firsts + int64_t{coming_.place / kRows} * params_.stages;
       const auto first_of = [&](int stage) {
         return stage < all ? __ldg(firsts + stage) : coming_.span.count;
       };
@@ -163,8 +164,7 @@ class Multiply {
 
   // A word of the list (strip_walk.h). What it says may be nonsense, but leads nowhere else.
   __device__ Item item_of(uint32_t word) const {
-    constexpr uint32_t kRows = (1u << Size::kGroupRows) - 1;
-    const uint32_t rows = word >> kItemRows & kRows;
+    const uint32_t rows = word >> kItemRows & ((1u << Size::kGroupRows) - 1);
     const uint32_t depth = (word >> kItemColumn) * kPiece.depth;
     uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
     if (slot >= Size::kRing) slot -= Size::kRing;
@@ -346,7 +346,6 @@ class Multiply {
   // Of the task that is next, or being computed: as it was read.
   struct {
     int task;
-    int list;
     Span span;
     int32_t stages;
     int token;
