@@ -97,7 +97,8 @@ constexpr Split split_of(int tiles, const Cost& cost, int clusters, int max_piec
 }
 
 struct Plan {
-  int tile_tokens;  // a multiple of 16
+  Tile tile;
+  int tile_tokens;  // a multiple of 16, no more than it has room for
   int token_tiles;
   Split split;
   double time;         // microseconds
@@ -105,36 +106,46 @@ struct Plan {
   int64_t workspace() const { return split.pieces() * part_bytes; }
 };
 
+// Microseconds of a stage of 64 of the depth, and what is added for each token of the tile.
+struct StageCost {
+  double base, token;
+};
+constexpr StageCost stage_cost(const Tile& tile) {
+  if (tile == kTall) return {.base = 0.50, .token = 0.0002};
+  if (tile == kFew) return {.base = 0.20, .token = 0.0010};
+  return {.base = 0.40, .token = 0.0002};
+}
+
+inline Plan plan_with(const Tile& tile, const ProductDesc& desc, const Lines& lines,
+                      int clusters) {
+  constexpr double kLaunch = 5;
+  constexpr int64_t kMostBytes = 48 << 20;  // of parts: what L2 holds
+  const auto ceil = [](int64_t count, int64_t by) { return (count + by - 1) / by; };
+  Plan plan{};
+  plan.tile = tile;
+  plan.token_tiles = static_cast<int>(ceil(desc.tokens, tile.tokens));
+  plan.tile_tokens = static_cast<int>(ceil(ceil(desc.tokens, plan.token_tiles), 16) * 16);
+  plan.part_bytes = int64_t{kCluster} * tile.outputs() * plan.tile_tokens * 4;
+  const StageCost stage = stage_cost(tile);
+  const Cost cost{.stages = static_cast<int>(lines.stages()),
+                  .stage = stage.base + plan.tile_tokens * stage.token,
+                  .start = 1,
+                  .store = plan.tile_tokens * 0.015,
+                  .join = 2,
+                  .add = static_cast<double>(plan.part_bytes) / 2.5e6};
+  const auto tiles = static_cast<int>(lines.panels() / kCluster * plan.token_tiles);
+  plan.split = split_of(tiles, cost, clusters, static_cast<int>(kMostBytes / plan.part_bytes));
+  plan.time = kLaunch + time_of(plan.split, cost, clusters);
+  return plan;
+}
+
 // `clusters`: that run at once.
 inline Plan plan_of(const ProductDesc& desc, int clusters) {
   const Lines lines = lines_of(desc.grid(), desc.block, desc.product == Product::grad_input);
-  const Tile tile = lines.tile();
-  const bool narrow = lines.depth() == kStepDepth;
-  constexpr double kLaunch = 5;
-  constexpr int64_t kMostBytes = 48 << 20;  // of parts: what L2 holds
-  const auto with_width = [&](int width) {
-    Plan plan{};
-    plan.token_tiles = static_cast<int>((desc.tokens + width - 1) / width);
-    const auto share = static_cast<int>((desc.tokens + plan.token_tiles - 1) / plan.token_tiles);
-    plan.tile_tokens = (share + 15) / 16 * 16;
-    plan.part_bytes = int64_t{kCluster} * tile.outputs() * plan.tile_tokens * 4;
-    const Cost cost{.stages = static_cast<int>(lines.stages()),
-                    .stage = narrow ? 0.27 + width * 0.00135 : 0.20 + width * 0.00125,
-                    .start = 1,
-                    .store = plan.tile_tokens * 0.015,
-                    .join = 2,
-                    .add = static_cast<double>(plan.part_bytes) / 3e6};
-    const auto tiles = static_cast<int>(lines.panels() / kCluster * plan.token_tiles);
-    plan.split = split_of(tiles, cost, clusters, static_cast<int>(kMostBytes / plan.part_bytes));
-    plan.time = kLaunch + time_of(plan.split, cost, clusters);
-    return plan;
-  };
-  Plan best = with_width(tile.tokens);
-  for (const int width : {kSomeTokens, kFewTokens}) {
-    const Plan plan = with_width(width);
-    if (plan.time < best.time) best = plan;
-  }
-  return best;
+  const Plan plan = plan_with(lines.tile(), desc, lines, clusters);
+  if (lines.tile() != kWide) return plan;
+  const Plan few = plan_with(kFew, desc, lines, clusters);
+  return few.time < plan.time ? few : plan;
 }
 
 }  // namespace block_sparse::cuda::sm90::strips

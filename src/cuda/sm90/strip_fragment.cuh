@@ -24,20 +24,18 @@ struct StripMma;
   template <>                                                                    \
   struct StripMma<Dtype::f16, n>                                                 \
       : cute::SM90::GMMA::MMA_64x##n##x16_F32F16F16_RS<Major::K, Major::K> {};
-BLOCK_SPARSE_STRIP_MMA(64)
 BLOCK_SPARSE_STRIP_MMA(128)
 BLOCK_SPARSE_STRIP_MMA(176)
 BLOCK_SPARSE_STRIP_MMA(192)
 #undef BLOCK_SPARSE_STRIP_MMA
 
-// sums[64, tokens] += W[64, 16] xt[16, tokens], for the first kTokens of them.
-template <Dtype kDtype, int kTokens, int kSums>
+// sums[64, tokens] += W[64, 16] xt[16, tokens].
+template <Dtype kDtype, int kSums>
 __device__ __forceinline__ void multiply_strip(float (&sums)[kSums], const Fragment& w,
                                                uint64_t x) {
-  static_assert(kTokens <= 2 * kSums);
   [&]<size_t... I>(std::index_sequence<I...>) {
-    StripMma<kDtype, kTokens>::fma(w[0], w[1], w[2], w[3], x, sums[I]..., ScaleOut::One);
-  }(std::make_index_sequence<kTokens / 2>{});
+    StripMma<kDtype, 2 * kSums>::fma(w[0], w[1], w[2], w[3], x, sums[I]..., ScaleOut::One);
+  }(std::make_index_sequence<kSums>{});
 }
 
 // Which output of a strip is row 8 i + g of its fragment. Forward, they are exchanged so that a

@@ -28,13 +28,14 @@ class Multiply {
   static constexpr Piece kPiece = kConfig.piece;
   static constexpr Tile kTile = kConfig.tile;
   static constexpr int kGroups = kTile.groups;
+  static constexpr bool kSharesList = kTile.list_groups > kGroups;
   using Sums = float[kTile.tokens / 2];  // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
   using Batch = Fragments[kBatch];
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
-      : params_(params), rank_(rank), warpgroup_(threadIdx.x / 128), lane_(threadIdx.x % 32) {
+      : params_(params), shared_(shared), rank_(rank), warpgroup_(threadIdx.x / 128), lane_(threadIdx.x % 32) {
     const int warp = threadIdx.x / 32 % 4;
     row_ = warp * kWarpOutputs / kPiece.outputs;
     within_piece_ = warp * kWarpOutputs % kPiece.outputs;
@@ -65,12 +66,13 @@ class Multiply {
       held_ = 0;
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
-        const Item mine = item_of(from + lane_ < items_ ? next_ : 0);
+        Item mine = item_of(from + lane_ < items_ ? next_ : 0);
         next_ = __ldg(list_ + from + 32);
+        int count = min(32, items_ - from);
+        if constexpr (kSharesList) count = pick(mine);
         Item items[2][kBatch];
 #pragma unroll
         for (int u = 0; u < 2; ++u) read_batch(items[u], mine, u * kBatch);
-        const int count = min(32, items_ - from);
 #pragma unroll 1
         for (int i = 0; i < count; i += 2 * kBatch) {
 #pragma unroll
@@ -104,6 +106,10 @@ class Multiply {
   static constexpr int kRows = kGroups * Size::kGroupRows;  // of a warpgroup
   static constexpr int kReadAhead = static_cast<int>(WalkLayout::kItemPadding);
 
+  __device__ static int list_of(int warpgroup) {
+    return warpgroup * kGroups / kTile.list_groups;
+  }
+
   // Where the results go: first token, first output of each group; or, of a part, its number.
   struct Outputs {
     int token;
@@ -118,12 +124,12 @@ class Multiply {
     const Task task(params_.split, next_task);
     const Raster::Place place = params_.raster.at(task.tile);
     const int panel = place.panel_cluster * kCluster + rank_;
-    const int list = panel * kTile.warpgroups + warpgroup_;
-    const Span* span = params_.spans + list;
+    const int warpgroup = panel * kTile.warpgroups + warpgroup_;
+    const Span* span = params_.spans + list_of(warpgroup);
     coming_.span = {__ldg(&span->first), __ldg(&span->count)};
     coming_.stages = __ldg(params_.counts + place.panel_cluster);
     coming_.token = place.token_tile * params_.tile_tokens;
-    coming_.place = list * kRows + row_;
+    coming_.place = warpgroup * kRows + row_;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       coming_.line[g] = line_at(params_, coming_.place + g * Size::kGroupRows);
@@ -138,7 +144,8 @@ class Multiply {
     first_stage_ = task.first_stage(all);
     Span span = coming_.span;
     if (task.piece >= 0) {
-      const int32_t* firsts = params_.firsts + int64_t{coming_.place / kRows} * params_.stages;
+      const int32_t* firsts =
+          params_.firsts + int64_t{list_of(coming_.place / kRows)} * params_.stages;
       const auto first_of = [&](int stage) {
         return stage < all ? __ldg(firsts + stage) : coming_.span.count;
       };
@@ -175,6 +182,21 @@ class Multiply {
             uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
   }
 
+  // Of the items that the lanes have, those of this warpgroup's group, in the first lanes; returns
+  // how many there are.
+  __device__ int pick(Item& item) {
+    const int group = warpgroup_ * kGroups % kTile.list_groups;
+    const bool picked = !item.none() && item.group() == group;
+    const uint32_t lanes = __ballot_sync(kAllLanes, picked);
+    uint32_t* words = shared_.picked[threadIdx.x / 32];
+    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = item.bits;
+    __syncwarp();
+    const int count = __popc(lanes);
+    item.bits = lane_ < count ? words[lane_] : 1u << Item::kNone;
+    __syncwarp();
+    return count;
+  }
+
   __device__ static void read_batch(Item (&items)[kBatch], const Item& mine, int lane) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) items[i].bits = __shfl_sync(kAllLanes, mine.bits, lane + i);
@@ -206,29 +228,17 @@ class Multiply {
                                            const Fragments& fragments) {
     const uint32_t x = x_stage_ + item.within();
     static_assert(kGroups <= 2);
-    if (item.group() == 0) multiply_group(sums[0], fragments, x);
+    if (kGroups == 1 || item.group() == 0) multiply_group(sums[0], fragments, x);
     if (kGroups == 2 && item.group() == 1) multiply_group(sums[kGroups - 1], fragments, x);
   }
 
-  __device__ __forceinline__ void multiply_group(Sums& sums, const Fragments& fragments,
-                                                 uint32_t x) const {
-    if (params_.tile_tokens > kSomeTokens) {
-      multiply_tokens<kTile.tokens>(sums, fragments, x);
-    } else if (params_.tile_tokens > kFewTokens) {
-      multiply_tokens<kSomeTokens>(sums, fragments, x);
-    } else {
-      multiply_tokens<kFewTokens>(sums, fragments, x);
-    }
-  }
-
   // Fence and commit stand in the branch, or ptxas serialises (C7520).
-  template <int kTokens>
-  __device__ __forceinline__ static void multiply_tokens(Sums& sums, const Fragments& fragments,
+  __device__ __forceinline__ static void multiply_group(Sums& sums, const Fragments& fragments,
                                                          uint32_t x) {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < Size::kPieceSteps; ++step) {
-      multiply_strip<kConfig.dtype, kTokens>(sums, fragments[step],
+      multiply_strip<kConfig.dtype>(sums, fragments[step],
                                              uint64_t{kHigh} << 32 | (x + step * (kStepDepth / 8)));
     }
     cute::warpgroup_commit_batch();
@@ -332,6 +342,7 @@ class Multiply {
   }
 
   const Params& params_;
+  Shared<kConfig>& shared_;
   const int rank_;
   const int warpgroup_;
   const int lane_;

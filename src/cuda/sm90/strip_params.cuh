@@ -105,6 +105,10 @@ struct alignas(1024) Shared {
 
   unsigned char x[kStages][kConfig.tile.stage_bytes()];
   unsigned char w[Size::kRing + 1][Size::kPieceBytes];  // the last one is zero: an absent piece
+  // Of each warp, where a list is not of its items alone.
+  static constexpr int kPickers =
+      kConfig.tile.list_groups > kConfig.tile.groups ? kConfig.tile.warpgroups * 4 : 1;
+  uint32_t picked[kPickers][32];
   uint64_t full[kStages];
   uint64_t empty[kStages];
 
