@@ -116,8 +116,7 @@ constexpr StageCost stage_cost(const Tile& tile) {
   return {.base = 0.40, .token = 0.0002};
 }
 
-inline Plan plan_with(const Tile& tile, const ProductDesc& desc, const Lines& lines,
-                      int clusters) {
+inline Plan plan_with(const Tile& tile, const ProductDesc& desc, const Lines& lines, int clusters) {
   constexpr double kLaunch = 5;
   constexpr int64_t kMostBytes = 48 << 20;  // of parts: what L2 holds
   const auto ceil = [](int64_t count, int64_t by) { return (count + by - 1) / by; };

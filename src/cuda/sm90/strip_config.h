@@ -30,21 +30,19 @@ constexpr int kMaxLists = 3;  // of a CTA
 // outputs x 128 x density of W, and what an SM can take in limits it: the largest tile is best that
 // the registers hold.
 struct Tile {
-  int warpgroups;  // consumers
-  int groups;      // of 64 outputs, in each
-  int list_groups; // of 64 outputs, whose items are in one list
-  int tokens;      // at most
-  int stages;      // of x
-  int ring_bytes;  // of W; with the stages it fills shared memory
+  int warpgroups;   // consumers
+  int groups;       // of 64 outputs, in each
+  int list_groups;  // of 64 outputs, whose items are in one list
+  int tokens;       // at most
+  int stages;       // of x
+  int ring_bytes;   // of W; with the stages it fills shared memory
   int consumer_registers, producer_registers;
 
   friend constexpr bool operator==(const Tile&, const Tile&) = default;
   BLOCK_SPARSE_HOST_DEVICE constexpr int outputs() const {
     return warpgroups * groups * kGroupOutputs;
   }
-  BLOCK_SPARSE_HOST_DEVICE constexpr int lists() const {
-    return warpgroups * groups / list_groups;
-  }
+  BLOCK_SPARSE_HOST_DEVICE constexpr int lists() const { return warpgroups * groups / list_groups; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int threads() const { return (warpgroups + 1) * 128; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int stage_bytes() const { return tokens * kStageDepth * 2; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int rows(int piece_outputs) const {

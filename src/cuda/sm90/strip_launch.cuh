@@ -153,11 +153,11 @@ void launch_for_block(const ProductDesc& desc, const ProductArgs& args, const Pl
   const Lines lines = lines_of(desc.grid(), desc.block, kTransposed);
   const auto with_dtype = [&]<int kOutputs, int kDepth, bool kStrided, bool kFewTokens>() {
     if (desc.dtype == Dtype::bf16) {
-      launch<Chosen<Dtype::bf16, kOutputs, kDepth, kTransposed, kStrided, kFewTokens>>(desc, args,
-                                                                                      plan, stream);
+      launch<Chosen<Dtype::bf16, kOutputs, kDepth, kTransposed, kStrided, kFewTokens>>(
+          desc, args, plan, stream);
     } else {
       launch<Chosen<Dtype::f16, kOutputs, kDepth, kTransposed, kStrided, kFewTokens>>(desc, args,
-                                                                                     plan, stream);
+                                                                                      plan, stream);
     }
   };
   const auto with_piece = [&]<int kOutputs, int kDepth, bool kStrided>() {

@@ -35,7 +35,11 @@ class Multiply {
   using Batch = Fragments[kBatch];
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
-      : params_(params), shared_(shared), rank_(rank), warpgroup_(threadIdx.x / 128), lane_(threadIdx.x % 32) {
+      : params_(params),
+        shared_(shared),
+        rank_(rank),
+        warpgroup_(threadIdx.x / 128),
+        lane_(threadIdx.x % 32) {
     const int warp = threadIdx.x / 32 % 4;
     row_ = warp * kWarpOutputs / kPiece.outputs;
     within_piece_ = warp * kWarpOutputs % kPiece.outputs;
@@ -86,9 +90,10 @@ class Multiply {
       cute::warpgroup_wait<0>();
       keep(fragments[0]);
       keep(fragments[1]);
-      release(held_);
-      if (stage_ >= 0) release(1);
-      skip_to(stages_);
+      if (stages_ > 0) {
+        if (stage_ + 1 < stages_) arrive_at(stages_ - 1);
+        release(held_ + 1);
+      }
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
@@ -106,9 +111,7 @@ class Multiply {
   static constexpr int kRows = kGroups * Size::kGroupRows;  // of a warpgroup
   static constexpr int kReadAhead = static_cast<int>(WalkLayout::kItemPadding);
 
-  __device__ static int list_of(int warpgroup) {
-    return warpgroup * kGroups / kTile.list_groups;
-  }
+  __device__ static int list_of(int warpgroup) { return warpgroup * kGroups / kTile.list_groups; }
 
   // Where the results go: first token, first output of each group; or, of a part, its number.
   struct Outputs {
@@ -234,26 +237,23 @@ class Multiply {
 
   // Fence and commit stand in the branch, or ptxas serialises (C7520).
   __device__ __forceinline__ static void multiply_group(Sums& sums, const Fragments& fragments,
-                                                         uint32_t x) {
+                                                        uint32_t x) {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < Size::kPieceSteps; ++step) {
       multiply_strip<kConfig.dtype>(sums, fragments[step],
-                                             uint64_t{kHigh} << 32 | (x + step * (kStepDepth / 8)));
+                                    uint64_t{kHigh} << 32 | (x + step * (kStepDepth / 8)));
     }
     cute::warpgroup_commit_batch();
   }
 
-  // Makes `stage` the one in use. The stage before it is released when its last item is done,
-  // but never held while waiting: its pieces may be where the next ones go.
+  // Makes `stage` the one in use. The stages before it, also those that nothing is needed of, are
+  // released when the last item of theirs is done, but never held while waiting: their pieces may
+  // be where the next ones go.
   __device__ __forceinline__ void arrive_at(int stage) {
-    if (stage > stage_ + 1) {
-      cute::warpgroup_wait<0>();
-      release(stage_ >= 0);
-      skip_to(stage);
-      wait_for_next();
-    } else {
-      held_ = stage_ >= 0;
+#pragma unroll 1
+    do {
+      held_ += stage_ >= 0;
       ++stage_;
       const uint32_t barrier = full_ + at_.slot * 8;
       if (!ptx::is_over(barrier, at_.lap)) {
@@ -264,27 +264,17 @@ class Multiply {
       }
       x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
       at_.advance();
-    }
+    } while (stage_ < stage);
   }
 
-  // Releases all stages before `stage` that nothing is needed of.
-  __device__ void skip_to(int stage) {
+  // Lane i tells CTA i of the cluster that this warp is done with the oldest stages it held.
+  __device__ __forceinline__ void release(int count) {
+    release_if(count > 0);
 #pragma unroll 1
-    while (stage_ + 1 < stage) {
-      wait_for_next();
-      release(1);
-    }
+    while (--count > 0) release_if(1);
   }
 
-  __device__ void wait_for_next() {
-    ++stage_;
-    ptx::wait(full_ + at_.slot * 8, at_.lap);
-    x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
-    at_.advance();
-  }
-
-  // Lane i tells CTA i of the cluster that this warp is done with the oldest stage it held.
-  __device__ __forceinline__ void release(int on) {
+  __device__ __forceinline__ void release_if(int on) {
     ptx::arrive_remote_if(on & speaks_, empty_ + released_ * 8);
     released_ += on;
     released_ = released_ == kTile.stages ? 0 : released_;
@@ -373,7 +363,7 @@ class Multiply {
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next
   int stage_ = -1;           // in use
-  int held_ = 0;             // 1: the one before it is still to be released
+  int held_ = 0;             // of those before it, so many are still to be released
   uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
 };
 

@@ -110,8 +110,8 @@ struct WalkShared {
   Scan::TempStorage scan;
   // Per column: which rows have a piece, those of the tile, then those of its neighbour.
   uint32_t present[kWalkThreads];
-  int first[kWalkThreads];     // and how many pieces come before it
-  int before[kMaxLists];  // pieces of earlier panels and lists
+  int first[kWalkThreads];  // and how many pieces come before it
+  int before[kMaxLists];    // pieces of earlier panels and lists
 };
 
 __device__ uint32_t rows_of(uint32_t present, int group, int group_rows) {
