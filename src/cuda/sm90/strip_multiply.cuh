@@ -29,7 +29,8 @@ class Multiply {
   static constexpr Tile kTile = kConfig.tile;
   static constexpr int kGroups = kTile.groups;
   static constexpr bool kSharesList = kTile.list_groups > kGroups;
-  using Sums = float[kTile.tokens / 2];  // of a thread, for each group
+  static constexpr bool kOftenSkips = kSharesList;  // stages that its items need nothing of
+  using Sums = float[kTile.tokens / 2];             // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
   using Batch = Fragments[kBatch];
@@ -90,10 +91,9 @@ class Multiply {
       cute::warpgroup_wait<0>();
       keep(fragments[0]);
       keep(fragments[1]);
-      if (stages_ > 0) {
-        if (stage_ + 1 < stages_) arrive_at(stages_ - 1);
-        release(held_ + 1);
-      }
+      release(held_);
+      if (stage_ >= 0) release_oldest(1);
+      skip_to(stages_);
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
@@ -186,13 +186,15 @@ class Multiply {
   }
 
   // Of the items that the lanes have, those of this warpgroup's group, in the first lanes; returns
-  // how many there are.
+  // how many there are. It is the only group then, but a branch on it must stay, or ptxas
+  // serialises (C7513).
   __device__ int pick(Item& item) {
+    constexpr uint32_t kGroupBit = 1u << Item::kGroup;
     const int group = warpgroup_ * kGroups % kTile.list_groups;
     const bool picked = !item.none() && item.group() == group;
     const uint32_t lanes = __ballot_sync(kAllLanes, picked);
     uint32_t* words = shared_.picked[threadIdx.x / 32];
-    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = item.bits;
+    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = item.bits & ~kGroupBit;
     __syncwarp();
     const int count = __popc(lanes);
     item.bits = lane_ < count ? words[lane_] : 1u << Item::kNone;
@@ -231,7 +233,7 @@ class Multiply {
                                            const Fragments& fragments) {
     const uint32_t x = x_stage_ + item.within();
     static_assert(kGroups <= 2);
-    if (kGroups == 1 || item.group() == 0) multiply_group(sums[0], fragments, x);
+    if (item.group() == 0) multiply_group(sums[0], fragments, x);
     if (kGroups == 2 && item.group() == 1) multiply_group(sums[kGroups - 1], fragments, x);
   }
 
@@ -247,13 +249,20 @@ class Multiply {
     cute::warpgroup_commit_batch();
   }
 
-  // Makes `stage` the one in use. The stages before it, also those that nothing is needed of, are
-  // released when the last item of theirs is done, but never held while waiting: their pieces may
-  // be where the next ones go.
+  // Makes `stage` the one in use. The stage before it is released when its last item is done,
+  // but never held while waiting: its pieces may be where the next ones go. Those between are
+  // released with it where there are many of them, else at once: that keeps the common path short.
   __device__ __forceinline__ void arrive_at(int stage) {
+    if (!kOftenSkips && stage > stage_ + 1) {
+      cute::warpgroup_wait<0>();
+      release(stage_ >= 0);
+      skip_to(stage);
+      wait_for_next();
+      return;
+    }
 #pragma unroll 1
     do {
-      held_ += stage_ >= 0;
+      held_ = (kOftenSkips ? held_ : 0) + (stage_ >= 0);
       ++stage_;
       const uint32_t barrier = full_ + at_.slot * 8;
       if (!ptx::is_over(barrier, at_.lap)) {
@@ -264,17 +273,38 @@ class Multiply {
       }
       x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
       at_.advance();
-    } while (stage_ < stage);
+    } while (kOftenSkips && stage_ < stage);
   }
 
-  // Lane i tells CTA i of the cluster that this warp is done with the oldest stages it held.
-  __device__ __forceinline__ void release(int count) {
-    release_if(count > 0);
+  // Releases all stages before `stage` that nothing is needed of.
+  __device__ void skip_to(int stage) {
 #pragma unroll 1
-    while (--count > 0) release_if(1);
+    while (stage_ + 1 < stage) {
+      wait_for_next();
+      release_oldest(1);
+    }
   }
 
-  __device__ __forceinline__ void release_if(int on) {
+  __device__ void wait_for_next() {
+    ++stage_;
+    ptx::wait(full_ + at_.slot * 8, at_.lap);
+    x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
+    at_.advance();
+  }
+
+  // The oldest of the stages that it holds.
+  __device__ __forceinline__ void release(int count) {
+    if constexpr (kOftenSkips) {
+      release_oldest(count > 0);
+#pragma unroll 1
+      while (--count > 0) release_oldest(1);
+    } else {
+      release_oldest(count);
+    }
+  }
+
+  // Lane i tells CTA i of the cluster that this warp is done with it.
+  __device__ __forceinline__ void release_oldest(int on) {
     ptx::arrive_remote_if(on & speaks_, empty_ + released_ * 8);
     released_ += on;
     released_ = released_ == kTile.stages ? 0 : released_;
