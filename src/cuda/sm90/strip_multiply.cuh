@@ -29,8 +29,7 @@ class Multiply {
   static constexpr Tile kTile = kConfig.tile;
   static constexpr int kGroups = kTile.groups;
   static constexpr bool kSharesList = kTile.list_groups > kGroups;
-  static constexpr bool kOftenSkips = kSharesList;  // stages that its items need nothing of
-  using Sums = float[kTile.tokens / 2];             // of a thread, for each group
+  using Sums = float[kTile.tokens / 2];  // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
   using Batch = Fragments[kBatch];
@@ -92,7 +91,7 @@ class Multiply {
       keep(fragments[0]);
       keep(fragments[1]);
       release(held_);
-      if (stage_ >= 0) release_oldest(1);
+      if (stage_ >= 0) release(1);
       skip_to(stages_);
       settled(sums);
 
@@ -250,19 +249,15 @@ class Multiply {
   }
 
   // Makes `stage` the one in use. The stage before it is released when its last item is done,
-  // but never held while waiting: its pieces may be where the next ones go. Those between are
-  // released with it where there are many of them, else at once: that keeps the common path short.
+  // but never held while waiting: its pieces may be where the next ones go.
   __device__ __forceinline__ void arrive_at(int stage) {
-    if (!kOftenSkips && stage > stage_ + 1) {
+    if (stage > stage_ + 1) {
       cute::warpgroup_wait<0>();
       release(stage_ >= 0);
       skip_to(stage);
       wait_for_next();
-      return;
-    }
-#pragma unroll 1
-    do {
-      held_ = (kOftenSkips ? held_ : 0) + (stage_ >= 0);
+    } else {
+      held_ = stage_ >= 0;
       ++stage_;
       const uint32_t barrier = full_ + at_.slot * 8;
       if (!ptx::is_over(barrier, at_.lap)) {
@@ -273,7 +268,7 @@ class Multiply {
       }
       x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
       at_.advance();
-    } while (kOftenSkips && stage_ < stage);
+    }
   }
 
   // Releases all stages before `stage` that nothing is needed of.
@@ -281,7 +276,7 @@ class Multiply {
 #pragma unroll 1
     while (stage_ + 1 < stage) {
       wait_for_next();
-      release_oldest(1);
+      release(1);
     }
   }
 
@@ -292,19 +287,8 @@ class Multiply {
     at_.advance();
   }
 
-  // The oldest of the stages that it holds.
-  __device__ __forceinline__ void release(int count) {
-    if constexpr (kOftenSkips) {
-      release_oldest(count > 0);
-#pragma unroll 1
-      while (--count > 0) release_oldest(1);
-    } else {
-      release_oldest(count);
-    }
-  }
-
-  // Lane i tells CTA i of the cluster that this warp is done with it.
-  __device__ __forceinline__ void release_oldest(int on) {
+  // Lane i tells CTA i of the cluster that this warp is done with the oldest stage it held.
+  __device__ __forceinline__ void release(int on) {
     ptx::arrive_remote_if(on & speaks_, empty_ + released_ * 8);
     released_ += on;
     released_ = released_ == kTile.stages ? 0 : released_;
@@ -393,7 +377,7 @@ class Multiply {
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next
   int stage_ = -1;           // in use
-  int held_ = 0;             // of those before it, so many are still to be released
+  int held_ = 0;             // 1: the one before it is still to be released
   uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
 };
 
