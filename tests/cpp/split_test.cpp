@@ -13,7 +13,7 @@ namespace {
 constexpr int kClusters = 66;  // of an H100
 
 constexpr Cost cost_of(int stages) {
-  return {.stages = stages, .stage = 0.4, .start = 1, .store = 2, .join = 2, .add = 0.05};
+  return {.stages = stages, .stage = 0.4, .start = 1, .join = 2.5, .add = 0.1};
 }
 
 Split split_of(int tiles, int stages) {

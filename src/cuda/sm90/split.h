@@ -61,9 +61,8 @@ struct Cost {
   int stages;    // of a tile
   double stage;  // each
   double start;  // of a tile or a part, until its first stage is there
-  double store;  // of a part's sums
-  double join;   // starting to add them up
-  double add;    // of one part of one tile, the whole chip at it
+  double join;   // starting to add parts up
+  double add;    // of each part: its sums are written and read again
 };
 
 constexpr double time_of(const Split& split, const Cost& cost, int clusters) {
@@ -71,7 +70,7 @@ constexpr double time_of(const Split& split, const Cost& cost, int clusters) {
   const int whole = rounds(split.whole()), parts = rounds(split.tasks()) - whole;
   const int part_stages = (cost.stages + split.parts - 1) / split.parts;
   double time = whole * (cost.start + cost.stages * cost.stage) +
-                parts * (cost.start + part_stages * cost.stage + cost.store);
+                parts * (cost.start + part_stages * cost.stage);
   if (split.last > 0) time += cost.join + split.pieces() * cost.add;
   return time;
 }
@@ -111,13 +110,13 @@ struct StageCost {
   double base, token;
 };
 constexpr StageCost stage_cost(const Tile& tile) {
-  if (tile == kTall) return {.base = 0.50, .token = 0.0002};
+  if (tile == kTall) return {.base = 0.52, .token = 0.0002};
   if (tile == kFew) return {.base = 0.20, .token = 0.0010};
-  return {.base = 0.40, .token = 0.0002};
+  return {.base = 0.43, .token = 0.00015};
 }
 
 inline Plan plan_with(const Tile& tile, const ProductDesc& desc, const Lines& lines, int clusters) {
-  constexpr double kLaunch = 5;
+  constexpr double kLaunch = 5.5;
   constexpr int64_t kMostBytes = 48 << 20;  // of parts: what L2 holds
   const auto ceil = [](int64_t count, int64_t by) { return (count + by - 1) / by; };
   Plan plan{};
@@ -129,9 +128,8 @@ inline Plan plan_with(const Tile& tile, const ProductDesc& desc, const Lines& li
   const Cost cost{.stages = static_cast<int>(lines.stages()),
                   .stage = stage.base + plan.tile_tokens * stage.token,
                   .start = 1,
-                  .store = plan.tile_tokens * 0.015,
-                  .join = 2,
-                  .add = static_cast<double>(plan.part_bytes) / 2.5e6};
+                  .join = 2.5,
+                  .add = static_cast<double>(plan.part_bytes) / 1.8e6};
   const auto tiles = static_cast<int>(lines.panels() / kCluster * plan.token_tiles);
   plan.split = split_of(tiles, cost, clusters, static_cast<int>(kMostBytes / plan.part_bytes));
   plan.time = kLaunch + time_of(plan.split, cost, clusters);
