@@ -32,6 +32,10 @@ struct Task {
   int piece;  // where its sums go, among those of all parts; -1: it is a whole tile
   int part, parts;
 
+  // A tile, whole.
+  BLOCK_SPARSE_HOST_DEVICE explicit constexpr Task(int tile)
+      : tile(tile), piece(-1), part(0), parts(1) {}
+
   // Parts that are worked on together are the same of neighbouring tiles, which share x and W.
   BLOCK_SPARSE_HOST_DEVICE constexpr Task(const Split& split, int task)
       : tile(task), piece(task - split.whole()), part(0), parts(1) {
@@ -101,6 +105,7 @@ struct Plan {
   int token_tiles;
   Split split;
   double time;         // microseconds
+  bool flexible() const { return split.last > 0 || tile_tokens < tile.tokens; }
   int64_t part_bytes;  // of the sums of a part
   int64_t workspace() const { return split.pieces() * part_bytes; }
 };

@@ -108,6 +108,7 @@ struct Config {
   Dtype dtype;
   Piece piece;
   Tile tile;
+  bool flexible;  // tiles may be split, and have fewer tokens than there is room for
 };
 
 template <Config kConfig>

@@ -137,36 +137,33 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Plan& plan,
   launch_join<Choice::kConfig>(params, stream);
 }
 
-template <Dtype kDtype, int kOutputs, int kDepth, bool kTransposed, bool kStrided,
-          bool kFewTokens = false>
+template <Dtype kDtype, Piece kPiece, Tile kTile, bool kFlexible>
 struct Chosen {
-  static constexpr Config kConfig{kDtype,
-                                  {kOutputs, kDepth, kTransposed, kStrided},
-                                  kDepth == kStepDepth ? kTall
-                                  : kFewTokens         ? kFew
-                                                       : kWide};
+  static constexpr Config kConfig{kDtype, kPiece, kTile, kFlexible};
 };
 
 template <bool kTransposed>
 void launch_for_block(const ProductDesc& desc, const ProductArgs& args, const Plan& plan,
                       cudaStream_t stream) {
   const Lines lines = lines_of(desc.grid(), desc.block, kTransposed);
-  const auto with_dtype = [&]<int kOutputs, int kDepth, bool kStrided, bool kFewTokens>() {
+  const auto with_tile = [&]<Piece kPiece, Tile kTile, bool kFlexible>() {
     if (desc.dtype == Dtype::bf16) {
-      launch<Chosen<Dtype::bf16, kOutputs, kDepth, kTransposed, kStrided, kFewTokens>>(
-          desc, args, plan, stream);
+      launch<Chosen<Dtype::bf16, kPiece, kTile, kFlexible>>(desc, args, plan, stream);
     } else {
-      launch<Chosen<Dtype::f16, kOutputs, kDepth, kTransposed, kStrided, kFewTokens>>(desc, args,
-                                                                                      plan, stream);
+      launch<Chosen<Dtype::f16, kPiece, kTile, kFlexible>>(desc, args, plan, stream);
     }
   };
   const auto with_piece = [&]<int kOutputs, int kDepth, bool kStrided>() {
-    if constexpr (kDepth != kStepDepth) {
-      if (plan.tile == kFew) {
-        return with_dtype.template operator()<kOutputs, kDepth, kStrided, true>();
-      }
+    constexpr Piece kPiece{kOutputs, kDepth, kTransposed, kStrided};
+    if constexpr (kDepth == kStepDepth) {
+      with_tile.template operator()<kPiece, kTall, true>();
+    } else if (plan.tile == kFew) {
+      with_tile.template operator()<kPiece, kFew, true>();
+    } else if (plan.flexible()) {
+      with_tile.template operator()<kPiece, kWide, true>();
+    } else {
+      with_tile.template operator()<kPiece, kWide, false>();
     }
-    with_dtype.template operator()<kOutputs, kDepth, kStrided, false>();
   };
   // Strided pieces are 32 wide in memory.
   const bool strided = is_strided(desc.block.in);

@@ -11,16 +11,16 @@ template <Config kConfig>
 __device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_task, int clusters,
                        int rank) {
   constexpr Tile kTile = kConfig.tile;
-  const int share = params.tile_tokens / kCluster;
+  const int tile_tokens = tile_tokens_of<kConfig>(params), share = tile_tokens / kCluster;
   const bool speaks = threadIdx.x % 32 == 0;
   const uint32_t full = ptx::address_of(shared.full);
   const uint32_t empty = ptx::address_of(shared.empty);
   const uint32_t x = ptx::address_of(shared.x) + rank * share * kStageDepth * 2;
   Cursor<kTile.stages> at;
-  for (int next_task = first_task; next_task < params.split.tasks(); next_task += clusters) {
-    const Task task(params.split, next_task);
+  for (int next_task = first_task; next_task < tasks_of<kConfig>(params); next_task += clusters) {
+    const Task task = task_of<kConfig>(params, next_task);
     const Raster::Place place = params.raster.at(task.tile);
-    const int token = place.token_tile * params.tile_tokens + rank * share;
+    const int token = place.token_tile * tile_tokens + rank * share;
     const int all = stages_of(params, __ldg(params.counts + place.panel_cluster));
     const int stages = task.stage_count(all);
     const StageRecord* record = params.records +
@@ -33,7 +33,7 @@ __device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_
       ptx::wait(empty + at.slot * 8, at.lap ^ 1);
       if (speaks) {
         const uint32_t barrier = full + at.slot * 8;
-        ptx::arrive_and_expect(barrier, params.tile_tokens * kStageDepth * 2);
+        ptx::arrive_and_expect(barrier, tile_tokens * kStageDepth * 2);
         ptx::load_box_multicast(&params.x, x + at.slot * kTile.stage_bytes(), barrier, token,
                                 depth * kStageDepth, (1 << kCluster) - 1);
       }
@@ -75,8 +75,8 @@ __device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_
   Cursor<kTile.stages> at;
   at.advance(first);
   int stage = first;
-  for (int next_task = first_task; next_task < params.split.tasks(); next_task += clusters) {
-    const Task task(params.split, next_task);
+  for (int next_task = first_task; next_task < tasks_of<kConfig>(params); next_task += clusters) {
+    const Task task = task_of<kConfig>(params, next_task);
     const int panel_cluster = params.raster.at(task.tile).panel_cluster;
     const int panel = panel_cluster * kCluster + rank;
     const int all = stages_of(params, __ldg(params.counts + panel_cluster));
@@ -94,7 +94,7 @@ __device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_
       const int slot = min(work_at(8), Size::kRing - 1);
       // Of the stages of other parts none is there: what must be released is the task before.
       const int listed_back = min(max(work_at(16), 1), kTile.stages);
-      const int back = min(listed_back, stage + 1);
+      const int back = kConfig.flexible ? min(listed_back, stage + 1) : listed_back;
       const int early = back < listed_back ? count : min(work_at(24), count);
 
       // In two steps: a parity says something only of a phase whose predecessor is known to be

@@ -60,7 +60,7 @@ class Multiply {
     int task = first_task;
     begin(task);
     begin_list();
-    for (; task < params_.split.tasks(); task += clusters) {
+    for (; task < tasks_of<kConfig>(params_); task += clusters) {
 #pragma unroll
       for (Sums& group : sums) {
 #pragma unroll
@@ -70,7 +70,7 @@ class Multiply {
       held_ = 0;
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
-        Item mine = item_of(from + lane_ < items_ ? next_ : 0);
+        Item mine = item_of(!kConfig.flexible || from + lane_ < items_ ? next_ : 0);
         next_ = __ldg(list_ + from + 32);
         int count = min(32, items_ - from);
         if constexpr (kSharesList) count = pick(mine);
@@ -121,16 +121,16 @@ class Multiply {
 
   // Fetches what is known of a tile. Nothing is computed from it yet: that would wait for it.
   __device__ __forceinline__ void begin(int next_task) {
-    if (next_task >= params_.split.tasks()) return;
+    if (next_task >= tasks_of<kConfig>(params_)) return;
     coming_.task = next_task;
-    const Task task(params_.split, next_task);
+    const Task task = task_of<kConfig>(params_, next_task);
     const Raster::Place place = params_.raster.at(task.tile);
     const int panel = place.panel_cluster * kCluster + rank_;
     const int warpgroup = panel * kTile.warpgroups + warpgroup_;
     const Span* span = params_.spans + list_of(warpgroup);
     coming_.span = {__ldg(&span->first), __ldg(&span->count)};
     coming_.stages = __ldg(params_.counts + place.panel_cluster);
-    coming_.token = place.token_tile * params_.tile_tokens;
+    coming_.token = place.token_tile * tile_tokens_of<kConfig>(params_);
     coming_.place = warpgroup * kRows + row_;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -140,7 +140,7 @@ class Multiply {
 
   // Then the first of its items.
   __device__ __forceinline__ void begin_list() {
-    const Task task(params_.split, coming_.task);
+    const Task task = task_of<kConfig>(params_, coming_.task);
     const int all = stages_of(params_, coming_.stages);
     stages_ = task.stage_count(all);
     first_stage_ = task.first_stage(all);
@@ -162,7 +162,7 @@ class Multiply {
   }
 
   __device__ __forceinline__ Outputs outputs_of_coming() const {
-    Outputs outputs{coming_.token, {}, Task(params_.split, coming_.task).piece};
+    Outputs outputs{coming_.token, {}, task_of<kConfig>(params_, coming_.task).piece};
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int place = coming_.place + g * Size::kGroupRows;
@@ -319,11 +319,12 @@ class Multiply {
   template <int kHalf>
   __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
     constexpr int kEights = kTile.tokens / 8;
-    const int end = min(params_.tokens, outputs.token + params_.tile_tokens);
+    int end = params_.tokens;
+    if constexpr (kConfig.flexible) end = min(end, outputs.token + params_.tile_tokens);
     const auto each_eight = [&](const auto& store) {
 #pragma unroll
       for (int j = kHalf * kEights / 2; j < (kHalf + 1) * kEights / 2; ++j) {
-        if (outputs.token + j * 8 >= end) break;
+        if (kConfig.flexible && outputs.token + j * 8 >= end) break;
         store(j);
       }
     };

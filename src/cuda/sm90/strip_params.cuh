@@ -68,6 +68,25 @@ struct Params {
   float4* parts;  // sums of the parts, as the lanes have them: [piece, rank, strip, eight, lane]
 };
 
+// What a kernel does next, and the tokens of its tiles. One that is not flexible knows the most of
+// it when it is compiled: of long sums over large tiles, a tenth of the time.
+template <Config kConfig>
+__device__ Task task_of(const Params& params, int task) {
+  if constexpr (kConfig.flexible) {
+    return Task(params.split, task);
+  } else {
+    return Task(task);
+  }
+}
+template <Config kConfig>
+__device__ int tasks_of(const Params& params) {
+  return kConfig.flexible ? params.split.tasks() : params.split.tiles;
+}
+template <Config kConfig>
+__device__ int tile_tokens_of(const Params& params) {
+  return kConfig.flexible ? params.tile_tokens : kConfig.tile.tokens;
+}
+
 // Where the sums of a strip's first eight tokens are, those of this lane; for each eight more it is
 // 32 further. `strips`: of a CTA.
 __device__ inline float4* sums_of_part(const Params& params, int piece, int rank, int strip,
