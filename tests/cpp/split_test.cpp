@@ -121,10 +121,13 @@ TEST(Plan, CoversAllTokensEvenly) {
   }
 }
 
-TEST(Plan, ThousandsOfTokensHaveTheLargestTile) {
-  for (const int64_t side : {16, 32}) {
-    const Plan plan = plan_of(product(Product::forward, 8192, 14336, 4096, side), kClusters);
-    EXPECT_GT(plan.tile_tokens, kFew.tokens);
+TEST(Plan, ThousandsOfTokensHaveWholeTilesOfTheLargestSize) {
+  for (const Product which : {Product::forward, Product::grad_input}) {
+    for (const int64_t side : {16, 32}) {
+      const Plan plan = plan_of(product(which, 8192, 14336, 4096, side), kClusters);
+      EXPECT_GT(plan.tile_tokens, kFew.tokens);
+      if (side == 32) EXPECT_FALSE(plan.flexible());
+    }
   }
 }
 

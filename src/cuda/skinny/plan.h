@@ -59,7 +59,7 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
 // They have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip is idle,
 // unless sums are split.
 inline double cost_of_many_tokens(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
-  if (sm90::strips::takes_block(desc.block) && size_of(desc.dtype) == 2) {
+  if (desc.planned && size_of(desc.dtype) == 2 && sm90::strips::takes_block(desc.block)) {
     return sm90::strips::plan_of(desc, multiprocessors / sm90::strips::kCluster).time;
   }
   const int64_t side = std::min(desc.block.out, desc.block.in);

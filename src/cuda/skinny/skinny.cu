@@ -27,7 +27,7 @@ Refusal why_not(const ProductDesc& desc) {
                   desc.block.in);
   }
   const skinny::Plan plan = skinny::plan_of(desc, 1);
-  if (!desc.forced && !skinny::is_fastest(desc, plan, multiprocessors())) {
+  if (!skinny::is_fastest(desc, plan, multiprocessors())) {
     return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
                   " tokens; other kernels are faster");
   }

@@ -104,7 +104,7 @@ struct Plan {
   int tile_tokens;  // a multiple of 16, no more than it has room for
   int token_tiles;
   Split split;
-  double time;         // microseconds
+  double time;  // microseconds
   bool flexible() const { return split.last > 0 || tile_tokens < tile.tokens; }
   int64_t part_bytes;  // of the sums of a part
   int64_t workspace() const { return split.pieces() * part_bytes; }
@@ -116,7 +116,7 @@ struct StageCost {
 };
 constexpr StageCost stage_cost(const Tile& tile) {
   if (tile == kTall) return {.base = 0.52, .token = 0.0002};
-  if (tile == kFew) return {.base = 0.20, .token = 0.0010};
+  if (tile == kFew) return {.base = 0.25, .token = 0.00125};
   return {.base = 0.43, .token = 0.00015};
 }
 
