@@ -142,7 +142,11 @@ def test_more_tokens_in_several_passes(dtype, block_shape, tokens):
     for product, sizes in (("forward", (128, 2**15)), ("grad_input", (2**15, 128))):
         pattern = make_pattern(random, sizes, block_shape)
         problem = make_problem((tokens, *sizes), block_shape, dtype, pattern).to("cuda")
-        assert "cuda_skinny" in problem.kernels(product)
+        # Three passes take longer than strips with split sums, which are of 16 bits.
+        strips = tokens > 128 and dtype != torch.float32 and block_shape != (128, 128)
+        assert ("cuda_skinny" in problem.kernels(product)) != strips
+        if strips:
+            continue
         wide = torch.randint(-2, 3, (tokens, 2**15 + 64), device="cuda").to(dtype)
         problem.input, problem.grad_output = (  # rows that lie apart: each pass has to find its own
             wide[:, : tensor.shape[1]] for tensor in (problem.input, problem.grad_output)

@@ -52,6 +52,10 @@ struct Choice {
   static_assert(kStages * kUnits <= 32, "no further than Places looks ahead");
   static_assert(!kScaled || !kTransposed, "int8 values are read in forward only");
 
+  // Whether it starts while the kernel before it still runs, whosever that is: where it was
+  // measured.
+  static constexpr bool kEarly = Traits<T>::dtype == Dtype::bf16 && !kScaled;
+
   // Sums of a warp: four of each lane for every 16 outputs x 8 tokens.
   static constexpr int kHigh = kOutputs / 16;
   static constexpr int kWide = kTokens / 8;

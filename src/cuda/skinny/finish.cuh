@@ -44,6 +44,9 @@ constexpr int kFinishThreads = 256;
 template <class C>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const __grid_constant__ Params params) {
+  if constexpr (C::kEarly) {
+    if (params.early != 0) ptx::let_next_kernel_start();
+  }
   store_empty_rows<C>(params);
   const int first = blockIdx.x;  // the CTA that began the row
   const bool begun =

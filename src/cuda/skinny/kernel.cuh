@@ -44,6 +44,8 @@ class Worker {
                              params.warps_per_strip)
                   : Range{0, 0}) {}
 
+  __device__ void prefetch() const { skinny::prefetch<C>(params_, mine_, strip_, lane_); }
+
   __device__ void run() {
     sums_.clear();
     Link link = Link::empty;
@@ -145,8 +147,14 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads)
     skinny_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  ptx::let_next_kernel_start();
-  Worker<C>(params, *reinterpret_cast<Shared<C>*>(shared)).run();
+  if constexpr (!C::kEarly) ptx::let_next_kernel_start();
+  Worker<C> worker(params, *reinterpret_cast<Shared<C>*>(shared));
+  if constexpr (C::kEarly) {
+    worker.prefetch();
+    ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();  // not before: it writes where the previous one may have read
+  }
+  worker.run();
 }
 
 }  // namespace block_sparse::cuda::skinny

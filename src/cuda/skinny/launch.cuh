@@ -13,6 +13,9 @@
 
 namespace block_sparse::cuda::skinny {
 
+// From Hopper on.
+inline bool can_start_early() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
 inline Params params_of(const ProductDesc& desc, const ProductArgs& args, const Plan& plan) {
   const PatternView& pattern = args.weight.pattern;
   const GridShape grid = desc.grid();
@@ -78,7 +81,11 @@ void allow_shared_memory() {
 template <class C>
 void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan& plan,
                    cudaStream_t stream) {
-  const Params params = params_of(desc, args, plan);
+  Params params = params_of(desc, args, plan);
+  // 32 KB of a CTA, about what comes while the kernel before ends: with more, what is read first
+  // comes later.
+  params.early = C::kEarly && can_start_early() ? 1 : 0;
+  params.prefetch_bytes = params.early != 0 ? (32 << 10) / C::kWarps : 0;
   allow_shared_memory<C>();
   cudaLaunchConfig_t config{};
   config.gridDim = {static_cast<unsigned>(plan.ctas), 1, 1};
@@ -88,13 +95,14 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = params.early != 0 ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, skinny_kernel<C>, params), "cuda_skinny");
   config.gridDim.y =
       static_cast<unsigned>((plan.strips * C::kSums + kFinishThreads - 1) / kFinishThreads);
   config.blockDim.x = kFinishThreads;
   config.dynamicSmemBytes = 0;
-  config.attrs = &early;
-  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  config.numAttrs = can_start_early() ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, finish_kernel<C>, params), "cuda_skinny");
 }
 

@@ -61,6 +61,8 @@ struct Params {
   int block_depth;
   int block_pitch;      // elements between two rows of a block as stored
   int strips;           // of a block: kOutputs outputs each
+  int prefetch_bytes;   // of W, for each warp, while the kernel before ends
+  int early;            // whether the kernel after may start before this product has ended
   int units;            // of all strips of one kind: nnz * depth_units
   Divider depth_units;  // of a strip: kDepth inputs each
   Divider ctas;

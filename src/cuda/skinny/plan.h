@@ -8,6 +8,7 @@
 #include "block_sparse/product.h"
 #include "cuda/dense/choice.h"
 #include "cuda/skinny/choice.h"
+#include "cuda/sm90/split.h"
 
 namespace block_sparse::cuda::skinny {
 
@@ -54,27 +55,37 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
   return plan;
 }
 
+// Microseconds of the kernels for many tokens, from measurements on an H100 at up to 256 tokens.
+// They have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip is idle,
+// unless sums are split.
+inline double cost_of_many_tokens(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
+  if (desc.planned && size_of(desc.dtype) == 2 && sm90::strips::takes_block(desc.block)) {
+    return sm90::strips::plan_of(desc, multiprocessors / sm90::strips::kCluster).time;
+  }
+  const int64_t side = std::min(desc.block.out, desc.block.in);
+  const bool panels = side % 64 == 0;
+  const int64_t tile_outputs = panels ? 128 : 256;
+  const int64_t tiles =
+      (plan.outputs + tile_outputs - 1) / tile_outputs * ((desc.tokens + 255) / 256);
+  const auto rounds = static_cast<double>((tiles + multiprocessors - 1) / multiprocessors);
+  const double stage = panels ? 0.22 : side % 32 == 0 ? 0.42 : 0.5;  // of 64 of the depth
+  return rounds * (6 + stage * static_cast<double>(plan.depth) / 64);
+}
+
 // Whether passes over W, of kMaxTokens tokens each, take less time than the kernels for many
-// tokens. These have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip
-// is idle. int8 values have tensor cores only here, and by a dense W. From measurements on an H100,
-// in microseconds at up to 256 tokens, int8 up to 8192.
+// tokens. int8 values have tensor cores only here, and by a dense W. From measurements on an H100,
+// int8 at up to 8192 tokens.
 inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
   const auto passes = static_cast<double>((desc.tokens + kMaxTokens - 1) / kMaxTokens);
   if (passes <= 1) return true;
   const int64_t side = std::min(desc.block.out, desc.block.in);
-  const bool panels = side % 64 == 0;
   const auto bytes = static_cast<double>(desc.nnz * desc.block.out * desc.block.in) *
                      static_cast<double>(size_of(desc.dtype));
   const double pass = 7 + bytes / (side % 32 == 0 ? 2.2e6 : 0.85e6);
   if (desc.int8) {
     return !desc.dense_product || passes * std::max(pass, 13.5) < dense_weight::cost(desc);
   }
-  const int64_t tile_outputs = panels ? 128 : 256;
-  const int64_t tiles =
-      (plan.outputs + tile_outputs - 1) / tile_outputs * ((desc.tokens + 255) / 256);
-  const auto rounds = static_cast<double>((tiles + multiprocessors - 1) / multiprocessors);
-  const double stage = panels ? 0.22 : side % 32 == 0 ? 0.42 : 0.5;  // of 64 of the depth
-  return passes * pass < rounds * (6 + stage * static_cast<double>(plan.depth) / 64);
+  return passes * pass < cost_of_many_tokens(desc, plan, multiprocessors);
 }
 
 }  // namespace block_sparse::cuda::skinny

@@ -1,10 +1,11 @@
-// The instructions of Ampere and later that the few-token kernels use: an asynchronous
-// copy, the small matrix product, and the order of two launches.
+// The instructions of Ampere and later that the few-token kernels use: an asynchronous copy and the
+// small matrix product.
 #pragma once
 
 #include <cstdint>
 
 #include "block_sparse/dtype.h"
+#include "cuda/overlap.cuh"
 #include "cuda/ptx.cuh"
 
 namespace block_sparse::cuda::skinny::ptx {
@@ -14,6 +15,14 @@ using namespace cuda::ptx;
 // A copy that arrives some time later. Past the first cache: what is read once.
 __device__ inline void copy_16_bytes(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// Asks for bytes to be brought to L2, in multiples of 16. From Hopper on; elsewhere nothing
+// happens.
+__device__ inline void prefetch([[maybe_unused]] const void* global, [[maybe_unused]] int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
 }
 
 // sums[16 x 8] += a[16 x 16] b[16 x 8]
@@ -33,20 +42,6 @@ __device__ inline void multiply(float4& sums, const uint32_t (&a)[4], uint32_t b
         : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-}
-
-// From Hopper on the next kernel may start before this one has ended: it then waits, before it
-// reads what this one writes. Elsewhere it starts when this one has ended, and both do nothing.
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace block_sparse::cuda::skinny::ptx

@@ -97,6 +97,25 @@ class Places {
   Place far_{};
 };
 
+// Brings the first blocks of a warp's share to L2, of each as many bytes as the warp's strip has.
+// This alone may be done while the kernel before still runs, which may write W and the index: what
+// is in L2 is always the newest, and where the index says something else later, other blocks have
+// been brought than those that are read.
+template <class C>
+__device__ void prefetch(const Params& params, Range units, int strip, int lane) {
+  using Value = typename C::Value;
+  if (units.begin >= units.end) return;
+  const int size = C::kOutputs * params.block_depth;
+  const int bytes = size * static_cast<int>(sizeof(Value));
+  const int entry = params.depth_units.quotient(units.begin) + lane;
+  const int last = params.depth_units.quotient(units.end - 1);
+  if (lane * bytes >= params.prefetch_bytes || entry > last) return;
+  const int block = C::kTransposed ? clamped(__ldcg(params.blocks + entry), params.nnz) : entry;
+  ptx::prefetch(
+      static_cast<const Value*>(params.values) + block * params.block_size + int64_t{strip} * size,
+      bytes);
+}
+
 template <class C>
 using Ring = Tile<C>[C::kStages][C::kUnits];
 

@@ -2,6 +2,7 @@
 // takes and what it refuses; how it works is told in strip.cuh.
 #include "cuda/dense/choice.h"
 #include "cuda/sm90/hopper.h"
+#include "cuda/sm90/split.h"
 #include "cuda/sm90/strip_launch.h"
 #include "cuda/sm90/strip_walk.h"
 #include "kernels.h"
@@ -29,15 +30,19 @@ Refusal why_not(const ProductDesc& desc) {
                                               : dense_weight::Rates{.present = 1000, .all = 1400});
 }
 
-int64_t workspace(const ProductDesc&, const Execution&) { return 0; }
+strips::Plan plan_of(const ProductDesc& desc) {
+  return strips::plan_of(desc, multiprocessors() / strips::kCluster);
+}
+
+int64_t workspace(const ProductDesc& desc, const Execution&) { return plan_of(desc).workspace(); }
 
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   if (desc.tokens == 0) return;
   const cudaStream_t stream = stream_of(execution.stream);
   if (desc.product == Product::forward) {
-    strips::launch_for_block<false>(desc, args, stream);
+    strips::launch_for_block<false>(desc, args, plan_of(desc), stream);
   } else {
-    strips::launch_for_block<true>(desc, args, stream);
+    strips::launch_for_block<true>(desc, args, plan_of(desc), stream);
   }
 }
 

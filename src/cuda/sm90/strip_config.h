@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "block_sparse/dtype.h"
 #include "block_sparse/host_device.h"
@@ -23,23 +24,25 @@ constexpr int kCluster = 2;
 // after the other, and each wait is a round trip.
 constexpr int kWLoaders = 3;
 
-constexpr int kMaxWarpgroups = 3;
+constexpr int kMaxLists = 3;  // of a CTA
 
 // What a CTA works on. Per stage of the depth it loads tokens x 128 bytes of x and
 // outputs x 128 x density of W, and what an SM can take in limits it: the largest tile is best that
 // the registers hold.
 struct Tile {
-  int warpgroups;  // consumers
-  int groups;      // of 64 outputs, in each
-  int tokens;
-  int stages;      // of x
-  int ring_bytes;  // of W; with the stages it fills shared memory
+  int warpgroups;   // consumers
+  int groups;       // of 64 outputs, in each
+  int list_groups;  // of 64 outputs, whose items are in one list
+  int tokens;       // at most
+  int stages;       // of x
+  int ring_bytes;   // of W; with the stages it fills shared memory
   int consumer_registers, producer_registers;
 
   friend constexpr bool operator==(const Tile&, const Tile&) = default;
   BLOCK_SPARSE_HOST_DEVICE constexpr int outputs() const {
     return warpgroups * groups * kGroupOutputs;
   }
+  BLOCK_SPARSE_HOST_DEVICE constexpr int lists() const { return warpgroups * groups / list_groups; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int threads() const { return (warpgroups + 1) * 128; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int stage_bytes() const { return tokens * kStageDepth * 2; }
   BLOCK_SPARSE_HOST_DEVICE constexpr int rows(int piece_outputs) const {
@@ -53,11 +56,14 @@ struct Tile {
 // clang-format off
 // The ring holds W of more than two stages in which all blocks are present: with less, one is loaded
 // only when the one before it is done.
-//                  warpgroups groups tokens stages       ring registers
-constexpr Tile kWide = {     2,     2,   176,     6, 45 * 2048, 232, 40};
+//              warpgroups groups in list tokens stages       ring registers
+constexpr Tile kWide = {     2,     2,      2,   176,     6, 45 * 2048, 232, 40};
+// For few tokens or tiles: a stage then takes as long as a warpgroup takes to go through its items,
+// one after the other, so that twice as many take half as long. The lists are those of kWide.
+constexpr Tile kFew = {      4,     1,      2,   128,     6, 45 * 2048, 112, 32};
 // Products with 16 of the depth are short, and deciding what comes next takes longer: three
 // warpgroups decide.
-constexpr Tile kTall = {     3,     1,   192,     6, 40 * 2048, 160, 32};
+constexpr Tile kTall = {     3,     1,      1,   192,     6, 40 * 2048, 160, 32};
 // clang-format on
 
 // A block is multiplied in pieces, since wider blocks are then several narrower ones. The sides are
@@ -102,7 +108,11 @@ struct Config {
   Dtype dtype;
   Piece piece;
   Tile tile;
+  bool flexible;  // tiles may be split, and have fewer tokens than there is room for
 };
+
+template <Config kConfig>
+using Element = std::conditional_t<kConfig.dtype == Dtype::bf16, BFloat16, Float16>;
 
 template <Config kConfig>
 struct Sizes {

@@ -17,18 +17,17 @@ using Fragment = uint32_t[4];
 // wgmma with W in registers, by element type and tokens.
 template <Dtype kDtype, int kTokens>
 struct StripMma;
-template <>
-struct StripMma<Dtype::bf16, 176>
-    : cute::SM90::GMMA::MMA_64x176x16_F32BF16BF16_RS<Major::K, Major::K> {};
-template <>
-struct StripMma<Dtype::f16, 176>
-    : cute::SM90::GMMA::MMA_64x176x16_F32F16F16_RS<Major::K, Major::K> {};
-template <>
-struct StripMma<Dtype::bf16, 192>
-    : cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_RS<Major::K, Major::K> {};
-template <>
-struct StripMma<Dtype::f16, 192>
-    : cute::SM90::GMMA::MMA_64x192x16_F32F16F16_RS<Major::K, Major::K> {};
+#define BLOCK_SPARSE_STRIP_MMA(n)                                                \
+  template <>                                                                    \
+  struct StripMma<Dtype::bf16, n>                                                \
+      : cute::SM90::GMMA::MMA_64x##n##x16_F32BF16BF16_RS<Major::K, Major::K> {}; \
+  template <>                                                                    \
+  struct StripMma<Dtype::f16, n>                                                 \
+      : cute::SM90::GMMA::MMA_64x##n##x16_F32F16F16_RS<Major::K, Major::K> {};
+BLOCK_SPARSE_STRIP_MMA(128)
+BLOCK_SPARSE_STRIP_MMA(176)
+BLOCK_SPARSE_STRIP_MMA(192)
+#undef BLOCK_SPARSE_STRIP_MMA
 
 // sums[64, tokens] += W[64, 16] xt[16, tokens].
 template <Dtype kDtype, int kSums>
@@ -41,9 +40,9 @@ __device__ __forceinline__ void multiply_strip(float (&sums)[kSums], const Fragm
 
 // Which output of a strip is row 8 i + g of its fragment. Forward, they are exchanged so that a
 // thread ends up with four outputs side by side. Transposed, ldmatrix takes 8 that are.
-template <Config kConfig>
+template <bool kTransposed>
 __device__ __forceinline__ int output_of_row(int i, int g) {
-  return kConfig.piece.transposed ? 8 * i + g : g / 2 * 4 + 2 * (i ^ g / 4) + g % 2;
+  return kTransposed ? 8 * i + g : g / 2 * 4 + 2 * (i ^ g / 4) + g % 2;
 }
 
 // Where a lane's row of a fragment lies in a piece, in bytes: row `lane % 8` of the 8x8 matrix
@@ -58,7 +57,7 @@ __device__ __forceinline__ uint32_t fragment_offset(int first, int lane) {
     row = half * 8 + g;
     chunk = first / 8 + i;
   } else {
-    row = first + output_of_row<kConfig>(i, g);
+    row = first + output_of_row<false>(i, g);
     chunk = half;
   }
   const int line = row / Size::kLineRows;

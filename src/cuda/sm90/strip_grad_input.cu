@@ -4,6 +4,6 @@
 namespace block_sparse::cuda::sm90::strips {
 
 template void launch_for_block<true>(const ProductDesc& desc, const ProductArgs& args,
-                                     cudaStream_t stream);
+                                     const Plan& plan, cudaStream_t stream);
 
 }  // namespace block_sparse::cuda::sm90::strips

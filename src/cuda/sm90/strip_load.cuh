@@ -8,21 +8,24 @@ namespace block_sparse::cuda::sm90::strips {
 
 // This CTA's share of the tokens of each stage, to the whole cluster.
 template <Config kConfig>
-__device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_tile, int clusters,
+__device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_task, int clusters,
                        int rank) {
   constexpr Tile kTile = kConfig.tile;
-  constexpr int kShare = kTile.tokens / kCluster;
+  const int tile_tokens = tile_tokens_of<kConfig>(params), share = tile_tokens / kCluster;
   const bool speaks = threadIdx.x % 32 == 0;
   const uint32_t full = ptx::address_of(shared.full);
   const uint32_t empty = ptx::address_of(shared.empty);
-  const uint32_t x = ptx::address_of(shared.x) + rank * kShare * kStageDepth * 2;
+  const uint32_t x = ptx::address_of(shared.x) + rank * share * kStageDepth * 2;
   Cursor<kTile.stages> at;
-  for (int tile = first_tile; tile < params.raster.tiles(); tile += clusters) {
-    const Raster::Place place = params.raster.at(tile);
-    const int token = place.token_tile * kTile.tokens + rank * kShare;
-    const int stages = stages_of(params, __ldg(params.counts + place.panel_cluster));
-    const StageRecord* record =
-        params.records + int64_t{place.panel_cluster * kCluster + rank} * params.stages;
+  for (int next_task = first_task; next_task < tasks_of<kConfig>(params); next_task += clusters) {
+    const Task task = task_of<kConfig>(params, next_task);
+    const Raster::Place place = params.raster.at(task.tile);
+    const int token = place.token_tile * tile_tokens + rank * share;
+    const int all = stages_of(params, __ldg(params.counts + place.panel_cluster));
+    const int stages = task.stage_count(all);
+    const StageRecord* record = params.records +
+                                int64_t{place.panel_cluster * kCluster + rank} * params.stages +
+                                task.first_stage(all);
     int next = __ldg(&record->depth);
     for (int stage = 0; stage < stages; ++stage, at.advance()) {
       const int depth = next;
@@ -30,7 +33,7 @@ __device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_
       ptx::wait(empty + at.slot * 8, at.lap ^ 1);
       if (speaks) {
         const uint32_t barrier = full + at.slot * 8;
-        ptx::arrive_and_expect(barrier, kTile.stage_bytes());
+        ptx::arrive_and_expect(barrier, tile_tokens * kStageDepth * 2);
         ptx::load_box_multicast(&params.x, x + at.slot * kTile.stage_bytes(), barrier, token,
                                 depth * kStageDepth, (1 << kCluster) - 1);
       }
@@ -43,7 +46,7 @@ __device__ void load_x(const Params& params, Shared<kConfig>& shared, int first_
 // read two stages of this warp before it is used: one load in the chain of a stage, or a hundred
 // instructions, make these warps the limiter of the kernel.
 template <Config kConfig>
-__device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_tile, int clusters,
+__device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_task, int clusters,
                        int rank, int first) {
   using Size = Sizes<kConfig>;
   constexpr Tile kTile = kConfig.tile;
@@ -72,11 +75,14 @@ __device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_
   Cursor<kTile.stages> at;
   at.advance(first);
   int stage = first;
-  for (int tile = first_tile; tile < params.raster.tiles(); tile += clusters) {
-    const int panel_cluster = params.raster.at(tile).panel_cluster;
+  for (int next_task = first_task; next_task < tasks_of<kConfig>(params); next_task += clusters) {
+    const Task task = task_of<kConfig>(params, next_task);
+    const int panel_cluster = params.raster.at(task.tile).panel_cluster;
     const int panel = panel_cluster * kCluster + rank;
-    const int stages = stages_of(params, __ldg(params.counts + panel_cluster));
-    const StageRecord* list = params.records + int64_t{panel} * params.stages + stage;
+    const int all = stages_of(params, __ldg(params.counts + panel_cluster));
+    const int stages = task.stage_count(all);
+    const StageRecord* list =
+        params.records + int64_t{panel} * params.stages + task.first_stage(all) + stage;
     StageRecord record = read(list), next = read(list + kWLoaders);
     Pieces pieces = read_pieces(record);
     for (; stage < stages; stage += kWLoaders, at.advance(kWLoaders)) {
@@ -86,8 +92,10 @@ __device__ void load_w(const Params& params, Shared<kConfig>& shared, int first_
       const auto work_at = [&](int bit) { return static_cast<int>(record.work >> bit & 255); };
       const int count = min(work_at(0), Size::kStagePieces);
       const int slot = min(work_at(8), Size::kRing - 1);
-      const int back = min(max(work_at(16), 1), kTile.stages);
-      const int early = min(work_at(24), count);
+      // Of the stages of other parts none is there: what must be released is the task before.
+      const int listed_back = min(max(work_at(16), 1), kTile.stages);
+      const int back = kConfig.flexible ? min(listed_back, stage + 1) : listed_back;
+      const int early = back < listed_back ? count : min(work_at(24), count);
 
       // In two steps: a parity says something only of a phase whose predecessor is known to be
       // over, here that of three stages before.

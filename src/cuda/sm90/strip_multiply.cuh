@@ -28,13 +28,18 @@ class Multiply {
   static constexpr Piece kPiece = kConfig.piece;
   static constexpr Tile kTile = kConfig.tile;
   static constexpr int kGroups = kTile.groups;
+  static constexpr bool kSharesList = kTile.list_groups > kGroups;
   using Sums = float[kTile.tokens / 2];  // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
   using Batch = Fragments[kBatch];
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
-      : params_(params), rank_(rank), warpgroup_(threadIdx.x / 128), lane_(threadIdx.x % 32) {
+      : params_(params),
+        shared_(shared),
+        rank_(rank),
+        warpgroup_(threadIdx.x / 128),
+        lane_(threadIdx.x % 32) {
     const int warp = threadIdx.x / 32 % 4;
     row_ = warp * kWarpOutputs / kPiece.outputs;
     within_piece_ = warp * kWarpOutputs % kPiece.outputs;
@@ -49,13 +54,13 @@ class Multiply {
     ptx::keep_in_register(speaks_);
   }
 
-  __device__ __forceinline__ void run(int first_tile, int clusters) {
+  __device__ __forceinline__ void run(int first_task, int clusters) {
     Sums sums[kGroups];
     Batch fragments[2];
-    int tile = first_tile;
-    begin(tile);
+    int task = first_task;
+    begin(task);
     begin_list();
-    for (; tile < params_.raster.tiles(); tile += clusters) {
+    for (; task < tasks_of<kConfig>(params_); task += clusters) {
 #pragma unroll
       for (Sums& group : sums) {
 #pragma unroll
@@ -65,12 +70,13 @@ class Multiply {
       held_ = 0;
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
-        const Item mine = item_of(next_);
+        Item mine = item_of(!kConfig.flexible || from + lane_ < items_ ? next_ : 0);
         next_ = __ldg(list_ + from + 32);
+        int count = min(32, items_ - from);
+        if constexpr (kSharesList) count = pick(mine);
         Item items[2][kBatch];
 #pragma unroll
         for (int u = 0; u < 2; ++u) read_batch(items[u], mine, u * kBatch);
-        const int count = min(32, items_ - from);
 #pragma unroll 1
         for (int i = 0; i < count; i += 2 * kBatch) {
 #pragma unroll
@@ -90,7 +96,7 @@ class Multiply {
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
-      begin(tile + clusters);
+      begin(task + clusters);
       store<0>(sums, outputs);
       begin_list();  // on its way while the rest is stored
       store<1>(sums, outputs);
@@ -101,24 +107,31 @@ class Multiply {
   static constexpr uint64_t kOperand = swizzled_operand<kStageDepth * 2>();
   static constexpr uint32_t kHigh = kOperand >> 32;
 
+  static constexpr int kRows = kGroups * Size::kGroupRows;  // of a warpgroup
   static constexpr int kReadAhead = static_cast<int>(WalkLayout::kItemPadding);
 
-  // Where a tile's results go: first token, first output of each group.
+  __device__ static int list_of(int warpgroup) { return warpgroup * kGroups / kTile.list_groups; }
+
+  // Where the results go: first token, first output of each group; or, of a part, its number.
   struct Outputs {
     int token;
     int first[kGroups];
+    int piece;
   };
 
   // Fetches what is known of a tile. Nothing is computed from it yet: that would wait for it.
-  __device__ __forceinline__ void begin(int tile) {
-    if (tile >= params_.raster.tiles()) return;
-    const Raster::Place place = params_.raster.at(tile);
+  __device__ __forceinline__ void begin(int next_task) {
+    if (next_task >= tasks_of<kConfig>(params_)) return;
+    coming_.task = next_task;
+    const Task task = task_of<kConfig>(params_, next_task);
+    const Raster::Place place = params_.raster.at(task.tile);
     const int panel = place.panel_cluster * kCluster + rank_;
-    const Span* span = params_.spans + panel * kTile.warpgroups + warpgroup_;
+    const int warpgroup = panel * kTile.warpgroups + warpgroup_;
+    const Span* span = params_.spans + list_of(warpgroup);
     coming_.span = {__ldg(&span->first), __ldg(&span->count)};
     coming_.stages = __ldg(params_.counts + place.panel_cluster);
-    coming_.token = place.token_tile * kTile.tokens;
-    coming_.place = (panel * kTile.warpgroups + warpgroup_) * kGroups * Size::kGroupRows + row_;
+    coming_.token = place.token_tile * tile_tokens_of<kConfig>(params_);
+    coming_.place = warpgroup * kRows + row_;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       coming_.line[g] = line_at(params_, coming_.place + g * Size::kGroupRows);
@@ -127,35 +140,65 @@ class Multiply {
 
   // Then the first of its items.
   __device__ __forceinline__ void begin_list() {
-    const int first = min(max(coming_.span.first, 0), params_.item_capacity - kReadAhead);
-    stages_ = stages_of(params_, coming_.stages);
-    items_ = max(min(coming_.span.count, params_.item_capacity - kReadAhead - first), 0);
+    const Task task = task_of<kConfig>(params_, coming_.task);
+    const int all = stages_of(params_, coming_.stages);
+    stages_ = task.stage_count(all);
+    first_stage_ = task.first_stage(all);
+    Span span = coming_.span;
+    if (task.piece >= 0) {
+      const int32_t* firsts =
+          params_.firsts + int64_t{list_of(coming_.place / kRows)} * params_.stages;
+      const auto first_of = [&](int stage) {
+        return stage < all ? __ldg(firsts + stage) : coming_.span.count;
+      };
+      const int before = first_of(first_stage_);
+      span = {span.first + before, first_of(first_stage_ + stages_) - before};
+    }
+    const int first = min(max(span.first, 0), params_.item_capacity - kReadAhead);
+    items_ = max(min(span.count, params_.item_capacity - kReadAhead - first), 0);
     if (stages_ == 0) items_ = 0;
     list_ = params_.items + first + lane_;
     next_ = __ldg(list_);
   }
 
   __device__ __forceinline__ Outputs outputs_of_coming() const {
-    Outputs outputs{coming_.token, {}};
+    Outputs outputs{coming_.token, {}, task_of<kConfig>(params_, coming_.task).piece};
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int place = coming_.place + g * Size::kGroupRows;
-      outputs.first[g] = first_output<kConfig>(params_, place, coming_.line[g]) + within_piece_;
+      outputs.first[g] = first_output(params_, place, coming_.line[g]) + within_piece_;
     }
     return outputs;
   }
 
   // A word of the list (strip_walk.h). What it says may be nonsense, but leads nowhere else.
   __device__ Item item_of(uint32_t word) const {
-    constexpr uint32_t kRows = (1u << Size::kGroupRows) - 1;
-    const uint32_t rows = word >> kItemRows & kRows;
+    const uint32_t rows = word >> kItemRows & ((1u << Size::kGroupRows) - 1);
     const uint32_t depth = (word >> kItemColumn) * kPiece.depth;
     uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
     if (slot >= Size::kRing) slot -= Size::kRing;
     slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
-    return {min(depth / kStageDepth, static_cast<uint32_t>(stages_ - 1)) |
+    const uint32_t stage = depth / kStageDepth - static_cast<uint32_t>(first_stage_);
+    return {min(stage, static_cast<uint32_t>(stages_ - 1)) |
             depth % kStageDepth / 8 << Item::kWithin | (word >> kItemGroup & 1) << Item::kGroup |
             uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
+  }
+
+  // Of the items that the lanes have, those of this warpgroup's group, in the first lanes; returns
+  // how many there are. It is the only group then, but a branch on it must stay, or ptxas
+  // serialises (C7513).
+  __device__ int pick(Item& item) {
+    constexpr uint32_t kGroupBit = 1u << Item::kGroup;
+    const int group = warpgroup_ * kGroups % kTile.list_groups;
+    const bool picked = !item.none() && item.group() == group;
+    const uint32_t lanes = __ballot_sync(kAllLanes, picked);
+    uint32_t* words = shared_.picked[threadIdx.x / 32];
+    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = item.bits & ~kGroupBit;
+    __syncwarp();
+    const int count = __popc(lanes);
+    item.bits = lane_ < count ? words[lane_] : 1u << Item::kNone;
+    __syncwarp();
+    return count;
   }
 
   __device__ static void read_batch(Item (&items)[kBatch], const Item& mine, int lane) {
@@ -272,15 +315,39 @@ class Multiply {
     }
   }
 
+  // Half of the tokens. Those beyond the tile's have no sums.
   template <int kHalf>
   __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
-    store_strip<kConfig, kHalf>(sums[0], params_, outputs.first[0], outputs.token, lane_);
-    if constexpr (kGroups == 2) {
-      store_strip<kConfig, kHalf>(sums[1], params_, outputs.first[1], outputs.token, lane_);
+    constexpr int kEights = kTile.tokens / 8;
+    int end = params_.tokens;
+    if constexpr (kConfig.flexible) end = min(end, outputs.token + params_.tile_tokens);
+    const auto each_eight = [&](const auto& store) {
+#pragma unroll
+      for (int j = kHalf * kEights / 2; j < (kHalf + 1) * kEights / 2; ++j) {
+        if (kConfig.flexible && outputs.token + j * 8 >= end) break;
+        store(j);
+      }
+    };
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float (&of)[kTile.tokens / 2] = sums[g];
+      if (outputs.piece >= 0) {
+        const int strip = (warpgroup_ * kGroups + g) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
+        float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
+                                  kTile.outputs() / kWarpOutputs, lane_);
+        each_eight([&](int j) {
+          __stcg(to + j * 32, make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
+        });
+      } else {
+        const StripStore<Element<kConfig>, kPiece.transposed> to(params_, outputs.first[g],
+                                                                 outputs.token, end, lane_);
+        each_eight([&](int j) { to.eight(&of[j * 4], j); });
+      }
     }
   }
 
   const Params& params_;
+  Shared<kConfig>& shared_;
   const int rank_;
   const int warpgroup_;
   const int lane_;
@@ -292,8 +359,9 @@ class Multiply {
   uint32_t empty_;    // of the CTA that this lane tells
   int speaks_;        // 1: this lane does
 
-  // Of the tile that is next, or being computed: as it was read.
+  // Of the task that is next, or being computed: as it was read.
   struct {
+    int task;
     Span span;
     int32_t stages;
     int token;
@@ -304,7 +372,8 @@ class Multiply {
   const uint32_t* list_ = nullptr;
   int items_ = 0;
   uint32_t next_ = 0;  // of the list
-  int stages_ = 0;     // of the tile
+  int stages_ = 0;     // of the task
+  int first_stage_ = 0;
 
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next

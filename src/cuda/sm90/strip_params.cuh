@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/sm90/ptx.cuh"
-#include "cuda/sm90/strip_walk.h"
+#include "cuda/sm90/split.h"
 
 namespace block_sparse::cuda::sm90::strips {
 
@@ -29,8 +29,6 @@ struct Raster {
     int token_tile;
   };
 
-  __device__ int tiles() const { return panel_clusters * token_tiles; }
-
   __device__ Place at(int tile) const {
     const int per_group = group * panel_clusters;
     const int first = tile / per_group * group, inside = tile % per_group;
@@ -44,6 +42,7 @@ struct Params {
   CUtensorMap values;
   // The walk (strip_walk.h).
   const Span* spans;
+  const int32_t* firsts;
   const int32_t* counts;
   const StageRecord* records;
   const uint32_t* items;
@@ -55,15 +54,46 @@ struct Params {
   int lines;
   int places;  // of lines in `order`, and none in the last few
   int log_line_parts;
+  int piece_outputs;
 
   const void* bias;
   void* output;
   int64_t output_stride;
   int tokens;
   int outputs;
-  int stages;  // of all of the depth
+  int stages;       // of all of the depth
+  int tile_tokens;  // no more than a tile has room for
   Raster raster;
+  Split split;
+  float4* parts;  // sums of the parts, as the lanes have them: [piece, rank, strip, eight, lane]
 };
+
+// What a kernel does next, and the tokens of its tiles. One that is not flexible knows the most of
+// it when it is compiled: of long sums over large tiles, a tenth of the time.
+template <Config kConfig>
+__device__ Task task_of(const Params& params, int task) {
+  if constexpr (kConfig.flexible) {
+    return Task(params.split, task);
+  } else {
+    return Task(task);
+  }
+}
+template <Config kConfig>
+__device__ int tasks_of(const Params& params) {
+  return kConfig.flexible ? params.split.tasks() : params.split.tiles;
+}
+template <Config kConfig>
+__device__ int tile_tokens_of(const Params& params) {
+  return kConfig.flexible ? params.tile_tokens : kConfig.tile.tokens;
+}
+
+// Where the sums of a strip's first eight tokens are, those of this lane; for each eight more it is
+// 32 further. `strips`: of a CTA.
+__device__ inline float4* sums_of_part(const Params& params, int piece, int rank, int strip,
+                                       int strips, int lane) {
+  const int at = (piece * kCluster + rank) * strips + strip;
+  return params.parts + int64_t{at} * (params.tile_tokens / 8 * 32) + lane;
+}
 
 // The stages of a tile, from what `counts` has for its cluster: both CTAs get the same, whatever
 // the walk says.
@@ -79,11 +109,10 @@ __device__ inline int line_at(const Params& params, int place) {
 }
 
 // Its first output; `outputs` if there is no such line.
-template <Config kConfig>
-__device__ int first_output(const Params& params, int place, int line) {
+__device__ inline int first_output(const Params& params, int place, int line) {
   if (line < 0 || line >= params.lines) return params.outputs;
   const int part = place & ((1 << params.log_line_parts) - 1);
-  return ((line << params.log_line_parts) + part) * kConfig.piece.outputs;
+  return ((line << params.log_line_parts) + part) * params.piece_outputs;
 }
 
 // Warps meet at barriers only: `full` and `empty` of each stage of x. W lies in a ring of its own
@@ -95,6 +124,10 @@ struct alignas(1024) Shared {
 
   unsigned char x[kStages][kConfig.tile.stage_bytes()];
   unsigned char w[Size::kRing + 1][Size::kPieceBytes];  // the last one is zero: an absent piece
+  // Of each warp, where a list is not of its items alone.
+  static constexpr int kPickers =
+      kConfig.tile.list_groups > kConfig.tile.groups ? kConfig.tile.warpgroups * 4 : 1;
+  uint32_t picked[kPickers][32];
   uint64_t full[kStages];
   uint64_t empty[kStages];
 

@@ -25,6 +25,7 @@ struct Source {
   int columns, stages, panels;
   int item_capacity, piece_capacity, list_padding;
   Span* spans;
+  int32_t* firsts;
   int32_t* counts;
   StageRecord* records;
   uint32_t* items;
@@ -71,11 +72,11 @@ __device__ int piece_at(const Source& s, int entry, int line_part, int cross_par
 struct Counts {
   int stages = 0;
   int pieces = 0;
-  int items[kMaxWarpgroups] = {};
+  int items[kMaxLists] = {};
 
   __device__ Counts operator+(const Counts& other) const {
     Counts sum{stages + other.stages, pieces + other.pieces, {}};
-    for (int w = 0; w < kMaxWarpgroups; ++w) sum.items[w] = items[w] + other.items[w];
+    for (int w = 0; w < kMaxLists; ++w) sum.items[w] = items[w] + other.items[w];
     return sum;
   }
 };
@@ -109,8 +110,8 @@ struct WalkShared {
   Scan::TempStorage scan;
   // Per column: which rows have a piece, those of the tile, then those of its neighbour.
   uint32_t present[kWalkThreads];
-  int first[kWalkThreads];     // and how many pieces come before it
-  int before[kMaxWarpgroups];  // pieces of earlier panels and warpgroups
+  int first[kWalkThreads];  // and how many pieces come before it
+  int before[kMaxLists];    // pieces of earlier panels and lists
 };
 
 __device__ uint32_t rows_of(uint32_t present, int group, int group_rows) {
@@ -137,13 +138,13 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
   const int panel = static_cast<int>(blockIdx.x);
   const int rows = s.tile.rows(s.outputs), grouped = group_rows(s.outputs);
   const int ring = s.tile.ring(s.outputs, s.depth);
-  const int warpgroups = s.tile.warpgroups, groups = s.tile.groups;
+  const int lists = s.tile.lists(), groups = s.tile.list_groups;
 
-  if (thread < warpgroups) shared.before[thread] = 0;
+  if (thread < lists) shared.before[thread] = 0;
   __syncthreads();
-  for (int w = 0; w < warpgroups; ++w) {
+  for (int w = 0; w < lists; ++w) {
     int pieces = 0;
-    const int end = panel * rows + w * (rows / warpgroups);
+    const int end = panel * rows + w * (rows / lists);
     for (int place = thread; place < end; place += kWalkThreads) {
       const Row row(s, place);
       pieces += (row.end - row.begin) * s.cross_parts;
@@ -152,9 +153,9 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
   }
   __syncthreads();
   const int base = shared.before[0];
-  int first_item[kMaxWarpgroups];
-  for (int w = 0; w < warpgroups; ++w) {
-    first_item[w] = shared.before[w] + (panel * warpgroups + w) * s.list_padding;
+  int first_item[kMaxLists];
+  for (int w = 0; w < lists; ++w) {
+    first_item[w] = shared.before[w] + (panel * lists + w) * s.list_padding;
   }
   // Only an index that is no pattern leads outside.
   const auto put_item = [&](int at, uint32_t item) {
@@ -184,8 +185,8 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
         __ballot_sync(~0u, shared.present[thread] != 0) >> (thread % 32 - in_stage) &
         ((1u << columns) - 1);
     Counts mine{wanted && in_stage == columns - 1, __popc(present), {}}, all;
-    StageItems stage_items[kMaxWarpgroups];
-    for (int w = 0; w < warpgroups; ++w) {
+    StageItems stage_items[kMaxLists];
+    for (int w = 0; w < lists; ++w) {
       int items = 0;
       for (int g = w * groups; g < (w + 1) * groups; ++g) {
         items += rows_of(present, g, grouped) != 0;
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
     sum = sum + all;
     shared.first[thread] = mine.pieces;
     const int column = begin + thread;
-    for (int w = 0; w < warpgroups; ++w) {
+    for (int w = 0; w < lists; ++w) {
       int item = first_item[w] + mine.items[w] + stage_items[w].earlier;
       for (int g = w * groups; g < (w + 1) * groups; ++g) {
         const uint32_t mask = rows_of(present, g, grouped);
@@ -215,6 +216,9 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
       StageRecord& record = s.records[panel * s.stages + mine.stages];
       record.depth = column / columns;
       record.first = base + mine.pieces;
+      for (int w = 0; w < lists; ++w) {
+        s.firsts[(panel * lists + w) * s.stages + mine.stages] = mine.items[w];
+      }
     }
     __syncthreads();
     if (warp < rows) {
@@ -226,10 +230,10 @@ __global__ void __launch_bounds__(kWalkThreads) fill_walk(const Source s) {
     __syncthreads();
   }
 
-  if (thread < warpgroups) {
+  if (thread < lists) {
     const int w = thread;
     put_item(first_item[w] + sum.items[w], 0);
-    s.spans[panel * warpgroups + w] = {first_item[w], sum.items[w]};
+    s.spans[panel * lists + w] = {first_item[w], sum.items[w]};
   }
   const int stages = min(sum.stages, s.stages);
   if (thread == 0) s.counts[panel / kCluster] = stages;  // both panels of the cluster say the same
@@ -289,6 +293,7 @@ void build_walk(const PatternView& pattern, BlockShape block, bool transposed, c
   s.piece_capacity = static_cast<int>(layout.piece_capacity);
   s.list_padding = static_cast<int>(layout.list_padding);
   s.spans = reinterpret_cast<Span*>(walk + layout.spans);
+  s.firsts = walk + layout.firsts;
   s.counts = walk + layout.counts;
   s.records = reinterpret_cast<StageRecord*>(walk + layout.stages);
   s.items = reinterpret_cast<uint32_t*>(walk + layout.items);

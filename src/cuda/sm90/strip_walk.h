@@ -34,7 +34,7 @@ struct StageRecord {
   uint32_t work;
 };
 
-// A warpgroup's list of items.
+// A list of items. Where in it each stage begins is listed too.
 struct Span {
   int32_t first, count;
 };
@@ -71,26 +71,28 @@ inline Lines lines_of(GridShape grid, BlockShape block, bool transposed) {
 
 // Where each list begins.
 struct WalkLayout {
-  // Each warpgroup's list of items ends with one that is none, as batches are taken in twos, and is
+  // Each list of items ends with one that is none, as batches are taken in twos, and is
   // padded, so that whoever reads it may be 32 ahead; so is the list of stages, by two rounds of
   // the loaders, and that of pieces.
   static constexpr int64_t kItemPadding = 64;
   static constexpr int64_t kStagePadding = 2 * kWLoaders;
   static constexpr int64_t kPiecePadding = 128;
 
-  int64_t spans = 0;   // [panels, warpgroups] Span
+  int64_t spans = 0;   // [panels, lists] Span
+  int64_t firsts = 0;  // [panels, lists, stages]: of the items
   int64_t counts = 0;  // [panels / kCluster]: of the stages
   int64_t stages = 0;  // [panels, stages] StageRecord
   int64_t items = 0, pieces = 0, size = 0;
   int64_t item_capacity = 0, piece_capacity = 0, list_padding = 0;
 
   explicit WalkLayout(const Lines& lines) {
-    const int64_t lists = lines.panels() * lines.tile().warpgroups;
+    const int64_t lists = lines.panels() * lines.tile().lists();
     // Of each list: what fills its batches, one item a stage, and the padding.
     list_padding = kItemPadding + (batch_of(lines.depth()) - 1) * lines.stages();
     item_capacity = lines.pieces() + lists * list_padding;
     piece_capacity = lines.pieces() + kPiecePadding;
-    counts = spans + 2 * lists;
+    firsts = spans + 2 * lists;
+    counts = firsts + lists * lines.stages();
     stages = counts + lines.panels() / kCluster;
     items = stages + 3 * (lines.panels() * lines.stages() + kStagePadding);
     pieces = items + item_capacity;
