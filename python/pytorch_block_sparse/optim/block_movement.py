@@ -38,8 +38,8 @@ class BlockMovement(Sparsifier):
         penalty: lambda; more makes the result sparser (5 to 30).
         threshold: tau at the end.
         score_lr: learning rate of S, for each real optimizer step.
-        score_every: S is stepped in every so many of them; by default so that it is about 500
-            times between `begin` and `end`, but at least in every tenth.
+        score_every: S is stepped in every so many of them; by default so that it is about 250
+            times between `begin` and `end`, but at least in every 25th.
         floor: in each layer never fewer than this share of its grid stays.
         begin, end: first and last step of the threshold's rise; by default 0.1 T and 0.75 T.
         every: steps between two masks; by default so that there are about 65, but at least 10.

@@ -32,7 +32,7 @@ class BlockRigL(BlockSET):
 
     Args:
         model, optimizer, total_steps, every, end, score, new_values, second_moment, seed, only,
-            process_group: see :class:`BlockSET`. By default there are about 30 updates, but at
+            process_group: see :class:`BlockSET`. By default there are about 20 updates, but at
             least 100 steps between them (or a quarter of `end`, if that is less).
         drop: the share to start with (it falls as a cosine), or a schedule of it.
         candidates: how many blocks are scored for each one grown.
