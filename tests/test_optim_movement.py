@@ -85,7 +85,7 @@ def test_movement_by_default_costs_little_in_a_long_training():
     model = mlp(1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     long, short = (BlockMovement(model, optimizer, steps) for steps in (10_000, 400))
-    assert (long.score_every, long.schedule.interval) == (10, 100)
+    assert (long.score_every, long.schedule.interval) == (25, 100)
     assert (short.score_every, short.schedule.interval) == (1, 10)
 
 
