@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from optim_helpers import mlp
+from optim_helpers import mlp, train_step
+from pytorch_block_sparse import BlockSparseLinear
 from pytorch_block_sparse.optim import (
     BlockMovement,
     BlockRigL,
     BlockSET,
     BlockWanda,
     GradualMagnitude,
+    SparseOptimizer,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,3 +111,106 @@ def test_numbers_out_of_range():
     for options in ({"threshold": 1.0}, {"floor": 0.0}, {"penalty": -1.0}, {"score_every": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             BlockMovement(model, optimizer, 100, **options)
+
+
+ALONE = pytest.mark.parametrize("build", [b for n, b in BUILD.items() if n != "Wanda"])
+
+
+@ALONE
+def test_no_optimizer(build):
+    with pytest.raises(TypeError, match=r"optimizer: must be a torch.optim.Optimizer, got None"):
+        build(mlp(1.0), None)
+
+
+@build
+def test_layers_with_values_in_common(build):
+    model = mlp(1.0)
+    twin = BlockSparseLinear(64, 128, density=1.0, block_shape=(8, 8))
+    twin.values = model[0].values
+    model.append(twin)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="3: has its values in common with 0"):
+        build(model, optimizer)
+
+
+@pytest.mark.parametrize("share", [2.0, -0.5, float("nan")])
+def test_a_schedule_of_shares_that_are_none(share):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsifier = BlockSET(model, optimizer, 100, drop=lambda step: share, every=1)
+    before = model[0].pattern.mask()
+    with pytest.raises(ValueError, match=r"drop, at step 1: must be in \[0, 1\], got "):
+        train_step(model, optimizer, sparsifier)
+    assert torch.equal(model[0].pattern.mask(), before)
+
+
+def test_numbers_that_are_no_integers():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    wrong = [
+        (lambda: BlockSET(model, optimizer, 100, every=2.5), "interval: must be an int, got 2.5"),
+        (lambda: BlockSET(model, optimizer, 100, end=10.5), "end: must be an int, got 10.5"),
+        (lambda: BlockMovement(model, optimizer, 100, every=0), "every: must be at least 1, got 0"),
+        (lambda: BlockMovement(model, optimizer, 100, score_every=1.5), "score_every: must be an"),
+        (lambda: BlockMovement(model, optimizer, 100, penalty=float("nan")), "penalty: must not"),
+        (lambda: BlockRigL(model, optimizer, 100, candidates=float("nan")), "candidates: must be"),
+        (
+            lambda: GradualMagnitude(model, optimizer, 100, density=0.1, updates=2.5),
+            "updates: must be an int",
+        ),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_an_end_after_the_training():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.warns(UserWarning, match="step 400 comes after the last one of the training, 40"):
+        GradualMagnitude(model, optimizer, 40, density=0.1, end=400)
+
+
+def test_new_values_of_a_wrong_shape_change_nothing():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsifier = BlockSET(
+        model, optimizer, 100, every=1, new_values=lambda layer, count: torch.zeros(count, 1, 8)
+    )
+    before = model[0].pattern.mask()
+    with pytest.raises(ValueError, match=r"new_values: must be \[\d+, 8, 8\], got \[\d+, 1, 8\]"):
+        train_step(model, optimizer, sparsifier)
+    assert torch.equal(model[0].pattern.mask(), before)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda m, o: BlockMovement(m, o, 40, score_lr=0.0),
+        lambda m, o: GradualMagnitude(m, o, 40, density=1.0),
+    ],
+    ids=["movement", "gradual"],
+)
+def test_a_warning_at_the_end_if_nothing_was_ever_changed(build):
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = build(model, optimizer)
+    with pytest.warns(UserWarning, match="was its last update, and none has changed a block"):
+        for step in range(40):
+            train_step(model, optimizer, sparsifier, seed=step)
+
+
+def test_a_warning_if_wanda_removes_nothing():
+    model = mlp(0.25)
+    wanda = BlockWanda(model, density=0.9)
+    with wanda.calibration():
+        model(torch.randn(8, 64))
+    with pytest.warns(UserWarning, match="none has changed a block"):
+        wanda.step()
+
+
+def test_sparse_optimizer_without_layers():
+    with pytest.raises(ValueError, match="sparse_objects: must be at least one"):
+        SparseOptimizer([])
+    with pytest.raises(ValueError, match="new_coefficients_scale: must be finite"):
+        SparseOptimizer([mlp()[0]], new_coefficients_scale=float("nan"))

@@ -152,6 +152,27 @@ def test_candidate_gradients_are_those_of_the_dense_weight():
     assert torch.equal(watched.sum, before)  # the hook is gone
 
 
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_a_pass_that_is_not_finite_leaves_no_trace(where):
+    """The step of a GradScaler that is skipped: neither its gradient nor its inputs count."""
+    torch.manual_seed(0)
+    layer = BlockSparseLinear(32, 32, density=0.25, block_shape=(8, 8))
+    absent = torch.tensor([i for i in range(16) if not layer.pattern.mask().flatten()[i]])
+    x, y = torch.randn(4, 32), torch.randn(4, 32)
+    norms = []
+    for broken in (False, True):
+        watched = CandidateGradients(layer, absent)
+        if broken:
+            bad = x.clone()
+            bad[1, 5] = torch.inf if where == "input" else 1.0
+            loss = (layer(bad) * y).sum() * (torch.inf if where == "gradient" else 1.0)
+            loss.backward()
+        (layer(x) * y).sum().backward()
+        norms.append(watched.norms(per_input_rms=True))
+        watched.remove()
+    assert torch.equal(*norms) and norms[0].isfinite().all() and (norms[0] > 0).all()
+
+
 def test_rigl_grows_the_largest_gradients():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

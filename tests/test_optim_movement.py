@@ -96,3 +96,19 @@ def test_movement_never_goes_under_its_floor():
     for step in range(40):
         train_step(model, optimizer, sparsifier, seed=step)
     assert model[0].block_count == 1 and model[2].block_count == 1  # 0.5 % of 128, at least one
+
+
+def test_movement_learns_on_after_compaction_by_hand():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = BlockMovement(model, optimizer, 100, begin=0, every=1, score_every=1, floor=0.01)
+    sparsifier.scores["0"][:40] = -100.0
+    for step in range(3):
+        train_step(model, optimizer, sparsifier, seed=step)
+    sparsifier.compact()
+    assert model[0].block_count == 88
+    before = sparsifier.scores["0"].clone()
+    train_step(model, optimizer, sparsifier, seed=3)
+    assert not torch.equal(sparsifier.scores["0"], before)
+    state = sparsifier._adam.state[sparsifier.scores["0"]]
+    assert int(state["step"]) == 4 and len(state["exp_avg"]) == 88

@@ -16,7 +16,7 @@ from .._progress import progress
 from . import scores
 from .choose import highest
 from .layers import SparseLayer
-from .schedule import Cubic, Every, share_of
+from .schedule import Cubic, Every, check_int, share_of
 from .sparsifier import Sparsifier
 
 
@@ -87,13 +87,17 @@ class BlockMovement(Sparsifier):
             raise ValueError(f"threshold: must be in (0, 1), got {threshold}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: must be in (0, 1], got {floor}")
-        if penalty < 0:
+        if not penalty >= 0:
             raise ValueError(f"penalty: must not be negative, got {penalty}")
         begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.75, end)
         if every is None:
             every = max(10, (end - begin) // 65)
+        check_int("every", every)
+        if every < 1:
+            raise ValueError(f"every: must be at least 1, got {every}")
         if score_every is None:
             score_every = min(25, max(1, (end - begin) // 250))
+        check_int("score_every", score_every)
         if score_every < 1:
             raise ValueError(f"score_every: must be at least 1, got {score_every}")
         self.tau = Cubic(0.0, threshold, begin, end)
@@ -119,7 +123,7 @@ class BlockMovement(Sparsifier):
     def compact(self) -> None:
         """Frees the memory of masked blocks, for good. Makes new Parameters."""
         for layer in progress(self.layers, "Compacting"):
-            self.scores[layer.name] = self.scores[layer.name][layer.alive]
+            self._keep_scores(layer)
             self._aside[layer.name] = self._aside[layer.name][:0]
             self._compact(layer)
 
@@ -164,6 +168,19 @@ class BlockMovement(Sparsifier):
         self._aside[layer.name] = values[layer.dead]
         values.index_fill_(0, layer.dead, 0)
         return changed
+
+    def _keep_scores(self, layer: SparseLayer) -> None:
+        """Only those of the blocks that are alive, and what Adam keeps of them."""
+        old = self.scores[layer.name]
+        new = old[layer.alive]
+        params = self._adam.param_groups[0]["params"]
+        params[:] = [new if p is old else p for p in params]
+        if old in self._adam.state:
+            self._adam.state[new] = {
+                name: item[layer.alive] if item.shape == old.shape else item
+                for name, item in self._adam.state.pop(old).items()
+            }
+        self.scores[layer.name] = new
 
     def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:
         score = self.scores[layer.name]

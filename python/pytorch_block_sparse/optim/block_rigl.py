@@ -76,7 +76,7 @@ class BlockRigL(BlockSET):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
-        if candidates < 1:
+        if not candidates >= 1:
             raise ValueError(f"candidates: must be at least 1, got {candidates}")
         if not 0 <= random_share <= 1:
             raise ValueError(f"random_share: must be in [0, 1], got {random_share}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import scores
 from .choose import lowest, random_sample
 from .layers import SparseLayer
-from .schedule import Cosine, Every, Schedule, share_of
+from .schedule import Cosine, Every, Schedule, check_share, share_of
 from .sparsifier import Sparsifier
 
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
@@ -121,13 +121,14 @@ class BlockSET(Sparsifier):
 
     def _count(self, layer: SparseLayer, step: int) -> int:
         """How many blocks are replaced at `step`; a warning if none can be though some should."""
-        nnz = layer.module.block_count
-        wanted = round(nnz * self.drop(step))
+        nnz, share = layer.module.block_count, self.drop(step)
+        check_share(f"drop, at step {step}", share)
+        wanted = round(nnz * share)
         possible = min(wanted, layer.cells - nnz)
         reason = None
         if wanted and not possible:
             reason = "it has all its blocks, there is none to grow"
-        elif self.drop(step) > 0 and not round(nnz * self.drop(1)):
+        elif share > 0 and not round(nnz * self.drop(1)):
             reason = f"{self.drop(1):.3g} of its {nnz} blocks is less than one"
         if reason is not None:
             warnings.warn(f"{layer.name}: its pattern does not change: {reason}", stacklevel=2)

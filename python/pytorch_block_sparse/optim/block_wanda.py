@@ -46,6 +46,8 @@ class BlockWanda(Sparsifier):
         4
     """
 
+    _acts_alone = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -14,7 +14,7 @@ from .._progress import progress
 from . import scores
 from .distribution import keep_blocks, layer_counts
 from .layers import SparseLayer
-from .schedule import Cubic, Every, share_of
+from .schedule import Cubic, Every, check_int, share_of
 from .sparsifier import Sparsifier
 from .update import block_ids
 
@@ -79,6 +79,8 @@ class GradualMagnitude(Sparsifier):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
+        check_int("updates", updates)
+        check_int("compactions", compactions)
         if updates < 1 or compactions < 0:
             raise ValueError(
                 f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"

@@ -64,14 +64,18 @@ class InputSquares:
 
     def add(self, input: Tensor) -> None:
         """Counts the tokens of `input`, ``[..., in_features]``."""
+        squares, tokens = self.of(input)
+        self.sum += squares
+        self.tokens += tokens
+
+    def of(self, input: Tensor) -> tuple[Tensor, int]:
+        """What :meth:`add` adds to the sum, and the number of tokens."""
         x = input.detach().reshape(-1, self.layer.in_features)
         missing = (0, self.sum.shape[0] * self.sum.shape[1] - x.shape[1])
         if self.sum.dim() == 3:
-            x = nn.functional.pad(x.float(), missing).view(len(x), *self.sum.shape[:2])
-            self.sum += torch.einsum("tci,tcj->cij", x, x)
-        else:
-            self.sum += nn.functional.pad(_squares(x), missing).view(self.sum.shape)
-        self.tokens += len(x)
+            wide = nn.functional.pad(x.float(), missing).view(len(x), *self.sum.shape[:2])
+            return torch.einsum("tci,tcj->cij", wide, wide), len(x)
+        return nn.functional.pad(_squares(x), missing).view(self.sum.shape), len(x)
 
     def mean(self, group: Any = None) -> Tensor:
         """float64, the mean over the tokens of all ranks; 0 where none was seen."""
@@ -127,7 +131,10 @@ class GradientWatcher:
     @torch.no_grad()
     def _after_backward(self, input: Tensor, gradient: Tensor) -> None:
         # The sum is finite if all are, and needs no array of booleans.
-        finite = gradient.sum(dtype=self.sum.dtype).isfinite()
+        self._add(input, gradient, gradient.sum(dtype=self.sum.dtype).isfinite())
+
+    def _add(self, input: Tensor, gradient: Tensor, finite: Tensor) -> None:
+        """Adds the pass to `sum`, if it is finite."""
         self.sum += torch.where(finite, self._gather(input, gradient), 0)
         self.passes += finite
 
@@ -171,8 +178,14 @@ class CandidateGradients(GradientWatcher):
         self._index = indices_of(ids, layer.pattern)[2]
         super().__init__(layer)
 
+    def _add(self, input: Tensor, gradient: Tensor, finite: Tensor) -> None:
+        squares, tokens = self.inputs.of(input)
+        finite = finite & squares.sum().isfinite()
+        self.inputs.sum += torch.where(finite, squares, 0)
+        self.inputs.tokens += finite * tokens
+        super()._add(input, gradient, finite)
+
     def _gather(self, input: Tensor, gradient: Tensor) -> Tensor:
-        self.inputs.add(input)
         x = input.to(gradient.dtype)
         return ops.grad_weight(gradient, x, self._index, *self.sum.shape)
 

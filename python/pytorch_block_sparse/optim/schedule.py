@@ -4,6 +4,7 @@ Steps are real optimizer steps, counted from 1.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,16 +16,31 @@ def _check_span(begin: int, end: int) -> None:
         raise ValueError(f"end: the schedule ends (step {end}) before it starts (step {begin})")
 
 
-def _check_share(name: str, value: float) -> None:
+def check_share(name: str, value: float) -> None:
+    """ValueError unless it is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}: must be in [0, 1], got {value!r}")
+
+
+def check_int(name: str, value: int) -> None:
+    """ValueError unless it is an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: must be an int, got {value!r}")
 
 
 def share_of(total_steps: int, share: float, given: int | None = None) -> int:
     """The step at which `share` of the training is done, unless another is given."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps: must be a positive int, got {total_steps!r}")
-    return int(share * total_steps) if given is None else given
+    if given is None:
+        return int(share * total_steps)
+    check_int("begin, end", given)
+    if given > total_steps:
+        warnings.warn(
+            f"begin, end: step {given} comes after the last one of the training, {total_steps}",
+            stacklevel=4,
+        )
+    return given
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class Every:
     end: int
 
     def __post_init__(self) -> None:
+        for name in ("interval", "begin", "end"):
+            check_int(name, getattr(self, name))
         if self.begin < 0 or self.end < self.begin:
             raise ValueError(
                 f"end: the schedule ends (step {self.end}) before it starts (step {self.begin})"
@@ -86,7 +104,7 @@ class Cosine:
     end: int
 
     def __post_init__(self) -> None:
-        _check_share("start", self.start)
+        check_share("start", self.start)
         _check_span(0, self.end)
 
     def __call__(self, step: int) -> float:

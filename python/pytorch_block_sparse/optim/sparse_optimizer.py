@@ -4,6 +4,7 @@ It has no schedule: each ``step()`` replaces blocks, when the user calls it. For
 of the methods.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -95,9 +96,16 @@ class SparseOptimizer(torch.optim.Optimizer):
                 raise TypeError(
                     f"sparse_objects: must be BlockSparseLinear, got {type(layer).__name__}"
                 )
+        if not layers:
+            raise ValueError("sparse_objects: must be at least one BlockSparseLinear, got none")
         group = {**self.defaults, **param_group, "sparse_objects": layers}
         if not 0 <= group["lr"] <= 1:
             raise ValueError(f"lr: must be in [0, 1], a share of the blocks, got {group['lr']}")
+        if not 0 <= group["new_coefficients_scale"] < math.inf:
+            raise ValueError(
+                "new_coefficients_scale: must be finite and not negative, got "
+                f"{group['new_coefficients_scale']}"
+            )
         if group["method"] != "magnitude":
             raise ValueError(f"method: must be 'magnitude', got {group['method']!r}")
         if group["new_coefficients_distribution"] not in _DISTRIBUTIONS:

@@ -45,7 +45,8 @@ class Sparsifier:
         process_group: the ranks that hold copies of the model; by default all, if
             ``torch.distributed`` is initialised.
 
-    A layer whose values are frozen (``requires_grad=False``) is left as it is, with a warning.
+    A layer whose values are frozen (``requires_grad=False``) when the sparsifier is made is left as
+    it is, with a warning. (Without an optimizer frozen layers count as all others.)
 
     Attributes:
         steps: number of real optimizer steps so far.
@@ -62,6 +63,8 @@ class Sparsifier:
             :func:`update_pattern_`; found at the first update, where it appears then only).
     """
 
+    _acts_alone = False  # without an optimizer
+
     def __init__(
         self,
         model: nn.Module,
@@ -72,6 +75,8 @@ class Sparsifier:
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
+        if optimizer is None and not self._acts_alone:
+            raise TypeError("optimizer: must be a torch.optim.Optimizer, got None")
         self.schedule = schedule
         self.seed = seed
         self.process_group = process_group
@@ -97,7 +102,7 @@ class Sparsifier:
     def _choose_layers(
         self, model: nn.Module, only: Callable[[str], bool] | None
     ) -> list[SparseLayer]:
-        layers = []
+        layers: list[SparseLayer] = []
         for name, module in sparse_layers(model).items():
             if only is not None and not only(name):
                 continue
@@ -117,6 +122,12 @@ class Sparsifier:
                         "parameters of the patched model, or leave the layer out with `only`"
                     )
                 block_state(self.optimizer, module.values)
+            twin = next((layer for layer in layers if layer.module.values is module.values), None)
+            if twin is not None:
+                raise ValueError(
+                    f"{name}: has its values in common with {twin.name}, so neither can change its "
+                    "pattern; leave both out with `only`"
+                )
             layers.append(SparseLayer.of(name, module))
         if not layers:
             raise ValueError("model: none of its block-sparse layers is trained and chosen")
@@ -309,6 +320,12 @@ class Sparsifier:
             "layers": layers,
         }
         self.log.append(entry)
+        over = self.steps + self.schedule.interval > self.schedule.end
+        if over and not any(line["churn"] for line in self.log):
+            warnings.warn(
+                f"{type(self).__name__}: this was its last update, and none has changed a block",
+                stacklevel=3,
+            )
         return entry
 
     def _measure(self, layer: SparseLayer) -> list[Tensor]:

@@ -85,9 +85,6 @@ def update_pattern_(
     again = ids[torch.isin(ids, present)]
     if len(again):
         raise ValueError(f"grow: block {_pair(again[0], matrix.pattern)} is present already")
-    wanted = (len(ids), *matrix.block_shape)
-    if new_values is not None and tuple(new_values.shape) != wanted:
-        raise ValueError(f"new_values: must be {list(wanted)}, got {list(new_values.shape)}")
     return replace_blocks_(matrix, positions, ids, optimizer, new_values)
 
 
@@ -101,6 +98,9 @@ def replace_blocks_(
 ) -> Change:
     """:func:`update_pattern_` of positions and block ids (int64 ``[k]``), which are not checked."""
     pattern, values = matrix.pattern, matrix.values
+    wanted = (len(ids), *matrix.block_shape)
+    if new_values is not None and tuple(new_values.shape) != wanted:
+        raise ValueError(f"new_values: must be {list(wanted)}, got {list(new_values.shape)}")
     moving = [values, *block_state(optimizer, values)]
     if values.grad is not None:
         moving.append(values.grad)
