@@ -1,34 +1,52 @@
 // What a few-token kernel is compiled for, and the sizes that follow from it. No device code.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "block_sparse/dtype.h"
 
 namespace block_sparse::cuda::skinny {
 
-// Warps of a CTA, and stages of each warp's ring: how much of W is on its way, and how many warps
-// wait for x meanwhile. 8 warps instead of 16 take a tenth longer at 8 tokens; at 64 tokens the
-// registers of 16 do not suffice, and the fewer the stages, the more is left to cache x.
-struct Config {
-  int warps;
-  int stages;
+// Warps of a CTA: four for each scheduler, so that some wait while others multiply.
+#ifndef SKINNY_WARPS
+#define SKINNY_WARPS 16
+#endif
+constexpr int kWarps = SKINNY_WARPS;
+constexpr int kPlaces = kWarps < 16 ? 2 : 1;
+constexpr int bound_threads(int tokens) { return kWarps == 8 && tokens > 32 ? 320 : kWarps * 32; }
+constexpr int bound_ctas(int tokens) { return kPlaces == 1 ? 1 : tokens > 32 || kWarps == 12 ? 2 : 3; }
+// Parts that the tokens of a unit are split into, each of them a warp's: with more than 32 there are
+// too few registers for 16 warps, and the x of a unit is copied once for both.
+constexpr int parts_of(int tokens) { return tokens <= 16 ? 1 : 2; }
+
+// What a warp multiplies at a time: `outputs` by `depth` of a block.
+struct UnitSizes {
+  int bytes;
+  int input_bytes;  // of the x that it meets
+  int of_stage;     // units of a ring's stage: small ones several at a time, so that a loop costs less
+
+  constexpr UnitSizes(int outputs, int depth, int tokens, int64_t element, int64_t value)
+      : bytes(outputs * depth * static_cast<int>(value)),
+        input_bytes(tokens * depth * static_cast<int>(element)),
+        of_stage(std::clamp(std::min(2048 / (outputs * depth * static_cast<int>(element)),
+                                     6144 / (bytes + input_bytes)),
+                            1, 4)) {}
 };
-constexpr Config config_for(int tokens) {
-  return tokens <= 32 ? Config{.warps = 16, .stages = 3} : Config{.warps = 8, .stages = 3};
+constexpr int kMaxStages = 8;
+
+// Whether x is first put into the order of the units (order.cuh): where a row of it is 32 bytes, and
+// there are many.
+constexpr bool is_ordered(int64_t row_bytes, int tokens) { return row_bytes == 32 && tokens > 16; }
+
+// Shared memory apart from the rings: sums and state of each warp.
+constexpr int shared_rest(int outputs, int tokens) {
+  constexpr int kState = 128;
+  return kWarps * outputs * (tokens / parts_of(tokens)) * 4 + kState;
 }
 
-// Of a ring's stage: units of 512 bytes go through it four at a time, so that the loop costs less.
-constexpr int kStageBytes = 2048;
-
-// Shared memory of a CTA: the rings, and sums of each warp.
-constexpr int shared_bytes(int unit_outputs, int tokens) {
-  const Config config = config_for(tokens);
-  constexpr int kRest = 128;
-  return config.warps * (config.stages * kStageBytes + unit_outputs * tokens * 4) + kRest;
-}
-
-// A warp multiplies units: kOutputs outputs by kDepth inputs of a block, for all tokens at once.
+// A warp multiplies units: kOutputs outputs by kDepth inputs of a block, for its part of the tokens.
 // Transposed (grad_input), the outputs of the product are the inputs of the block. Values are of
 // the type of the rest, or int8 with a scale for each output.
 template <class Element, class StoredValue, bool kTransposedBlock, int kUnitOutputs, int kUnitDepth,
@@ -41,24 +59,20 @@ struct Choice {
   static constexpr int kOutputs = kUnitOutputs;
   static constexpr int kDepth = kUnitDepth;
   static constexpr int kTokens = kMaxTokens;
-
-  // A stage is as many units for int8, which are smaller: so there is room for more stages.
-  static constexpr int kValuesOfElement = static_cast<int>(sizeof(T) / sizeof(Value));
-  static constexpr int kUnitBytes = kOutputs * kDepth * static_cast<int>(sizeof(Value));
-  static constexpr int kUnits = kStageBytes / kUnitBytes / kValuesOfElement;  // of a stage
-  static constexpr int kWarps = config_for(kTokens).warps;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStages = config_for(kTokens).stages * kValuesOfElement;
-  static_assert(kStages * kUnits <= 32, "no further than Places looks ahead");
+  static constexpr int kParts = parts_of(kTokens);
+  static constexpr int kWarpTokens = kTokens / kParts;
   static_assert(!kScaled || !kTransposed, "int8 values are read in forward only");
 
-  // Whether it starts while the kernel before it still runs, whosever that is: where it was
-  // measured.
-  static constexpr bool kEarly = Traits<T>::dtype == Dtype::bf16 && !kScaled;
+  static constexpr UnitSizes kUnit{kOutputs, kDepth, kTokens, sizeof(T), sizeof(Value)};
+  static constexpr int kUnitBytes = kUnit.bytes;
+  static constexpr int kInputBytes = kUnit.input_bytes;
+  static constexpr int kUnits = kUnit.of_stage;
+  static constexpr bool kOrdered = is_ordered(kDepth * sizeof(T), kTokens);
+  static_assert(kMaxStages * kUnits <= 32, "no further than Places looks ahead");
 
   // Sums of a warp: four of each lane for every 16 outputs x 8 tokens.
   static constexpr int kHigh = kOutputs / 16;
-  static constexpr int kWide = kTokens / 8;
+  static constexpr int kWide = kWarpTokens / 8;
   static constexpr int kSums = kHigh * kWide * 32;  // float4s
 };
 

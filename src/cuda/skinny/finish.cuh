@@ -39,36 +39,41 @@ __device__ bool is_one_row(const Params& params, int cta) {
 }
 
 // A float4 for each thread; grid (CTAs of the other kernel, as many as it takes).
-constexpr int kFinishThreads = 256;
+constexpr unsigned kFinishCtas = 2;
+constexpr int kFinishThreads = kWarps == 12 ? 128 : 256;
 
 template <class C>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const __grid_constant__ Params params) {
-  if constexpr (C::kEarly) {
-    if (params.early != 0) ptx::let_next_kernel_start();
-  }
+  ptx::let_next_kernel_start();
   store_empty_rows<C>(params);
   const int first = blockIdx.x;  // the CTA that began the row
   const bool begun =
       goes_on<C>(params, first + 1) && !(is_one_row<C>(params, first) && goes_on<C>(params, first));
   int end = first + 2;  // past the CTA that ended it
   while (begun && goes_on<C>(params, end) && is_one_row<C>(params, end - 1)) ++end;
-  const int size = params.strips * C::kSums;  // of the parts of a CTA
-  const int i = blockIdx.y * kFinishThreads + threadIdx.x;
-  ptx::wait_for_previous_kernel();
-  if (!begun || i >= size) return;
-  const float4* continued = params.continued + int64_t{first} * size + i;
-  float4 more = continued[size];
-  float4 sums = params.begun[int64_t{first} * size + i];
-#pragma unroll 4
-  for (int cta = first + 2; cta <= end; ++cta) {
-    sums.x += more.x, sums.y += more.y, sums.z += more.z, sums.w += more.w;
-    if (cta < end) more = continued[int64_t{cta - first} * size];
-  }
-  const int piece = i / 32;  // [strip][kHigh][kWide]
+  const int size = params.members * C::kSums;  // of the parts of a CTA
   const int output =
-      row_of<C>(params, units_of_cta(params, first + 1).begin) * params.block_outputs;
-  store<C>(params, piece % C::kWide * 8, output + piece / C::kWide * 16, sums, threadIdx.x % 32);
+      begun ? row_of<C>(params, units_of_cta(params, first + 1).begin) * params.block_outputs : 0;
+  ptx::wait_for_previous_kernel();
+  if (!begun) return;
+#pragma unroll 2
+  for (int i = blockIdx.y * kFinishThreads + threadIdx.x; i < size;
+       i += gridDim.y * kFinishThreads) {
+    const float4* continued = params.continued + int64_t{first} * size + i;
+    float4 more = continued[size];
+    float4 sums = params.begun[int64_t{first} * size + i];
+#pragma unroll 4
+    for (int cta = first + 2; cta <= end; ++cta) {
+      sums.x += more.x, sums.y += more.y, sums.z += more.z, sums.w += more.w;
+      if (cta < end) more = continued[int64_t{cta - first} * size];
+    }
+    const int piece = i / 32;  // [strip][kParts][kHigh][kWide]
+    const int wide = piece % C::kWide, high = piece / C::kWide % C::kHigh;
+    const int member = piece / C::kWide / C::kHigh;
+    store<C>(params, member % C::kParts * C::kWarpTokens + wide * 8,
+             output + member / C::kParts * C::kOutputs + high * 16, sums, threadIdx.x % 32);
+  }
 }
 
 }  // namespace block_sparse::cuda::skinny

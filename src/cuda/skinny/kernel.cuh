@@ -22,11 +22,11 @@ enum class Link : int {
   empty,   // there is no share
 };
 
+// What is behind it are the rings.
 template <class C>
-struct Shared {
-  Ring<C> rings[C::kWarps];
-  float4 parts[C::kWarps][C::kSums];
-  Link links[C::kWarps];
+struct alignas(128) Shared {
+  float4 parts[kWarps][C::kSums];
+  Link links[kWarps];
 };
 
 template <class C>
@@ -37,14 +37,12 @@ class Worker {
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        strip_(params.warps_per_strip.quotient(warp_)),
+        member_(params.teams.quotient(warp_)),
+        team_(warp_ - member_ * params.teams.divisor()),
         cta_(units_of_cta(params, blockIdx.x)),
-        mine_(strip_ < params.strips
-                  ? share_of(cta_, warp_ - strip_ * params.warps_per_strip.divisor(),
-                             params.warps_per_strip)
-                  : Range{0, 0}) {}
+        mine_(member_ < params.members ? share_of(cta_, team_, params.teams) : Range{0, 0}) {}
 
-  __device__ void prefetch() const { skinny::prefetch<C>(params_, mine_, strip_, lane_); }
+  __device__ void prefetch() const { skinny::prefetch<C>(params_, mine_, member_, lane_); }
 
   __device__ void run() {
     sums_.clear();
@@ -59,8 +57,13 @@ class Worker {
   __device__ Link multiply() {
     const int units = mine_.end - mine_.begin;
     Places<C> places(params_, mine_, lane_);
-    Stream<C> stream(params_, places, shared_.rings[warp_], units, strip_, lane_);
-    places.look_up_rest();
+    const unsigned char* ring =
+        reinterpret_cast<const unsigned char*>(&shared_ + 1) + team_ * params_.ring_bytes;
+    Stream<C> stream(params_, places, ptx::address_of(ring), units, member_, team_, lane_);
+    const Multiply<C> product(ring + member_ / C::kParts * C::kUnitBytes,
+                              ring + params_.strips * C::kUnitBytes +
+                                  member_ % C::kParts * C::kWarpTokens * InputTile<C>::kRowBytes,
+                              lane_);
     const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
     if (cta_.end < params_.units) row_of_next_cta_ = row_of<C>(params_, cta_.end);
     bool first = true;  // still in the row that the share began with
@@ -70,14 +73,12 @@ class Worker {
     const bool from_warp = goes_on && !from_cta;
     if (from_cta) target_ = workspace(params_.continued);
     if (from_warp) target_ = shared_.parts[warp_];
+    const int trigger =
+        params_.trigger == 0 ? -1 : params_.trigger * units / 64 / C::kUnits * C::kUnits;
     for (int unit = 0; unit < units; unit += C::kUnits) {
       places.advance(unit);
-      Multiply<C> products[C::kUnits];  // x is on its way while the stage is waited for
-#pragma unroll
-      for (int i = 0; i < C::kUnits; ++i) {
-        if (unit + i < units) products[i].load(params_, places.depth(unit + i), lane_);
-      }
-      const typename Stream<C>::Stage& tiles = stream.next();
+      if (unit == trigger) ptx::let_next_kernel_start();
+      const int stage = stream.next();
 #pragma unroll
       for (int i = 0; i < C::kUnits; ++i) {
         if (unit + i >= units) break;
@@ -89,7 +90,8 @@ class Worker {
           target_ = nullptr;
           first = false;
         }
-        products[i].add_to(sums_, tiles[i], lane_);
+        const int inside = params_.ragged ? params_.depth - places.depth(unit + i) : C::kDepth;
+        product.add_to(sums_, stage + i * params_.unit_bytes, inside);
       }
     }
     if (!from_warp) return Link::none;
@@ -100,7 +102,7 @@ class Worker {
 
   // The row that the share ends in, with what the warps after it have of it.
   __device__ void finish_last_row() {
-    const int end = (strip_ + 1) * params_.warps_per_strip.divisor();
+    const int end = (member_ + 1) * params_.teams.divisor();
     int warp = warp_ + 1;
     for (; warp < end; ++warp) {
       const Link link = shared_.links[warp];
@@ -114,7 +116,7 @@ class Worker {
   }
 
   __device__ float4* workspace(float4* parts) const {
-    return parts + (int64_t{blockIdx.x} * params_.strips + strip_) * C::kSums;
+    return parts + (int64_t{blockIdx.x} * params_.members + member_) * C::kSums;
   }
 
   // In place, though the code is long: a function would take the sums through local memory.
@@ -124,9 +126,10 @@ class Worker {
           [&](float4& sums, int i, int j) { target_[(i * C::kWide + j) * 32 + lane_] = sums; });
       return;
     }
-    const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
+    const int output = row_ * params_.block_outputs + member_ / C::kParts * C::kOutputs;
+    const int token = member_ % C::kParts * C::kWarpTokens;
     sums_.for_each([&](float4& sums, int i, int j) {
-      store<C>(params_, 8 * j, output + 16 * i, sums, lane_);
+      store<C>(params_, token + 8 * j, output + 16 * i, sums, lane_);
     });
   }
 
@@ -134,7 +137,8 @@ class Worker {
   Shared<C>& shared_;
   const int warp_;
   const int lane_;
-  const int strip_;
+  const int member_;  // of the team
+  const int team_;
   const Range cta_;
   const Range mine_;
   Sums<C> sums_;
@@ -144,16 +148,13 @@ class Worker {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(bound_threads(C::kTokens), bound_ctas(C::kTokens))
     skinny_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  if constexpr (!C::kEarly) ptx::let_next_kernel_start();
   Worker<C> worker(params, *reinterpret_cast<Shared<C>*>(shared));
-  if constexpr (C::kEarly) {
-    worker.prefetch();
-    ptx::wait_for_previous_kernel();
-    ptx::let_next_kernel_start();  // not before: it writes where the previous one may have read
-  }
+  worker.prefetch();
+  ptx::wait_for_previous_kernel();
+  if (params.trigger == 0) ptx::let_next_kernel_start();
   worker.run();
 }
 

@@ -49,6 +49,7 @@ struct Params {
   const void* bias;              // [outputs], or null
   void* output;                  // [tokens, outputs]
   int64_t x_stride;
+  int x_depth;         // of x: past it are zeros
   int64_t output_stride;
   int64_t block_size;  // elements
   int tokens;
@@ -60,14 +61,21 @@ struct Params {
   int block_outputs;
   int block_depth;
   int block_pitch;      // elements between two rows of a block as stored
+  bool ragged;          // the last blocks reach past the depth
   int strips;           // of a block: kOutputs outputs each
-  int prefetch_bytes;   // of W, for each warp, while the kernel before ends
-  int early;            // whether the kernel after may start before this product has ended
+  int stages;           // of a ring
+  int ring_bytes;
+  int stage_bytes;
+  int unit_bytes;  // of the strips of W, and x
+  int64_t value_step;   // bytes between what a warp copies of W one after the other
   int units;            // of all strips of one kind: nnz * depth_units
   Divider depth_units;  // of a strip: kDepth inputs each
   Divider ctas;
-  Divider warps_per_strip;
-  // [ctas][strips][kSums]: of a row that the CTA before began; of one that the next one continues.
+  int trigger;
+  int prefetch_bytes;
+  int members;    // of a team: for each strip, a warp for each part of the tokens
+  Divider teams;  // of a CTA
+  // [ctas][members][kSums]: of a row that the CTA before began; of one that the next one continues.
   float4* continued;
   float4* begun;
 };

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "block_sparse/product.h"
 #include "cuda/dense/choice.h"
+#include "cuda/launch.h"
 #include "cuda/skinny/choice.h"
 #include "cuda/sm90/split.h"
 
@@ -16,6 +18,16 @@ namespace block_sparse::cuda::skinny {
 constexpr int kMaxTokens = 64;
 constexpr int padded_tokens(int64_t tokens) {
   return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : kMaxTokens;
+}
+
+// What of a GPU it depends on.
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // of a CTA, at most
+};
+
+inline Device this_device() {
+  return {multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 struct Plan {
@@ -28,14 +40,19 @@ struct Plan {
   int64_t unit_depth;
   int64_t strips;
   int64_t units;
-  int64_t warps_per_strip;
+  int64_t members;
+  int64_t teams;
   int64_t ctas;
+  int64_t stages;  // of the rings; less than 2: too little shared memory
+  int64_t ring_bytes;
+  int64_t shared_bytes;
+  int64_t ordered_bytes;  // of x in the order of the units; 0 where it stays as it is
 
   // float4s, of all parts of rows of one kind.
   int64_t parts(int64_t tokens) const { return ctas * block_outputs * padded_tokens(tokens) / 4; }
 };
 
-inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
+inline Plan plan_of(const ProductDesc& desc, Device device) {
   Plan plan{};
   const bool forward = desc.product == Product::forward;
   plan.block_outputs = forward ? desc.block.out : desc.block.in;
@@ -46,12 +63,26 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
   plan.unit_depth = size_of(desc.dtype) == 2 && plan.block_depth % 32 == 0 ? 32 : 16;
   plan.strips = plan.block_outputs / plan.unit_outputs;
   plan.units = desc.nnz * (plan.block_depth / plan.unit_depth);
-  const int warps = config_for(padded_tokens(desc.tokens)).warps;
-  if (plan.strips > warps) return plan;
-  plan.warps_per_strip = warps / plan.strips;
+  const int tokens = padded_tokens(desc.tokens);
+  plan.members = plan.strips * parts_of(tokens);
+  if (plan.members > kWarps) return plan;
+  plan.teams = kWarps / plan.members;
   // One to a multiprocessor, and work for every warp.
-  const int64_t busy = (plan.units + plan.warps_per_strip - 1) / plan.warps_per_strip;
-  plan.ctas = std::min<int64_t>(multiprocessors, busy);
+  const int64_t busy = (plan.units + plan.teams - 1) / plan.teams;
+  const char* more = getenv("SK_CTAS");
+  plan.ctas = std::min<int64_t>(device.multiprocessors * (more ? atoi(more) : 1), busy);
+  const UnitSizes unit(static_cast<int>(plan.unit_outputs), static_cast<int>(plan.unit_depth), tokens,
+                       size_of(desc.dtype), desc.int8 ? 1 : size_of(desc.dtype));
+  const int64_t stage_bytes = unit.of_stage * (plan.strips * unit.bytes + unit.input_bytes);
+  const int64_t rest = shared_rest(static_cast<int>(plan.unit_outputs), tokens);
+  plan.stages = std::min<int64_t>(
+      kMaxStages, (std::min(device.shared_bytes, 232448 / kPlaces - 1024 * (kPlaces > 1)) - rest) / (plan.teams * stage_bytes));
+  plan.ring_bytes = plan.stages * stage_bytes;
+  plan.shared_bytes = rest + plan.teams * plan.ring_bytes;
+  if (is_ordered(plan.unit_depth * size_of(desc.dtype), tokens)) {
+    plan.ordered_bytes = (plan.depth + plan.block_depth - 1) / plan.block_depth * plan.block_depth *
+                         tokens * size_of(desc.dtype);
+  }
   return plan;
 }
 

@@ -17,8 +17,43 @@ __device__ inline void copy_16_bytes(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// Asks for bytes to be brought to L2, in multiples of 16. From Hopper on; elsewhere nothing
-// happens.
+// The same, or sixteen bytes of zero; the address has to be a valid one.
+__device__ inline void copy_16_bytes_or_zero(uint32_t shared, const void* global, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(copy ? 16 : 0)
+               : "memory");
+}
+
+// Until at most so many of the groups that this thread committed are under way; up to 6.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  using cuda::ptx::wait_for_copies;
+  if (pending >= 3) {
+    if (pending == 3) return wait_for_copies<3>();
+    if (pending == 4) return wait_for_copies<4>();
+    return wait_for_copies<5>();
+  }
+  if (pending == 2) return wait_for_copies<2>();
+  if (pending == 1) return wait_for_copies<1>();
+  wait_for_copies<0>();
+}
+
+// What is to stay in a register: the compiler would compute it anew in every iteration.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+  return value;
+}
+
+// A barrier of so many threads, whole warps; number 0 is that of all.
+__device__ inline void sync(int barrier, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Asks for bytes to be brought to L2, in multiples of 16. From Hopper on; elsewhere nothing happens.
 __device__ inline void prefetch([[maybe_unused]] const void* global, [[maybe_unused]] int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

@@ -26,12 +26,13 @@ Refusal why_not(const ProductDesc& desc) {
     return concat("takes blocks with sides that are multiples of 16, not ", desc.block.out, "x",
                   desc.block.in);
   }
-  const skinny::Plan plan = skinny::plan_of(desc, 1);
-  if (!skinny::is_fastest(desc, plan, multiprocessors())) {
+  const skinny::Device device = skinny::this_device();
+  const skinny::Plan plan = skinny::plan_of(desc, device);
+  if (!skinny::is_fastest(desc, plan, device.multiprocessors)) {
     return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
                   " tokens; other kernels are faster");
   }
-  if (plan.warps_per_strip == 0) {
+  if (plan.teams == 0) {
     return concat("blocks are ", desc.block.out, "x", desc.block.in, ", ", plan.strips,
                   " strips of ", plan.unit_outputs,
                   " along the outputs are more than it has warps");
@@ -49,11 +50,9 @@ Refusal why_not(const ProductDesc& desc) {
     return concat(plan.units, " units of work or ", plan.outputs, " x ", plan.depth,
                   " features overflow 31 bits");
   }
-  const int needed =
-      skinny::shared_bytes(static_cast<int>(plan.unit_outputs), skinny::padded_tokens(desc.tokens));
-  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (needed > shared) {
-    return concat("needs ", needed, " bytes of shared memory; the device has ", shared);
+  if (plan.stages < 2) {
+    return concat("needs more than the ", device.shared_bytes,
+                  " bytes of shared memory that the device has");
   }
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) return concat("compute capability is ", major, ".x; it is written for 8.0 and up");
@@ -61,8 +60,8 @@ Refusal why_not(const ProductDesc& desc) {
 }
 
 int64_t workspace(const ProductDesc& desc, const Execution&) {
-  const skinny::Plan plan = skinny::plan_of(desc, multiprocessors());
-  return 2 * plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(float4));
+  const skinny::Plan plan = skinny::plan_of(desc, skinny::this_device());
+  return 2 * plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(float4)) + plan.ordered_bytes;
 }
 
 void run_pass(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
