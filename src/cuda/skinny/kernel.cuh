@@ -78,6 +78,7 @@ class Worker {
     for (int unit = 0; unit < units; unit += C::kUnits) {
       places.advance(unit);
       if (unit == trigger) ptx::let_next_kernel_start();
+      if (params_.ahead > 0) places.prefetch(unit + params_.ahead, C::kUnits, member_);
       const int stage = stream.next();
 #pragma unroll
       for (int i = 0; i < C::kUnits; ++i) {

@@ -111,6 +111,8 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   params.trigger = t ? atoi(t) : 0;
   const char* p = getenv("SK_PREFETCH");
   params.prefetch_bytes = (p ? atoi(p) : 32 << 10) / kWarps;
+  const int of_block = C::kOutputs * params.block_depth / C::kParts * static_cast<int>(sizeof(typename C::Value));
+  params.ahead = getenv("SK_AHEAD") ? std::min(28, (params.prefetch_bytes + of_block - 1) / of_block * params.depth_units.divisor()) : 0;
   allow_shared_memory<C>();
   if constexpr (C::kOrdered) {
     void* ordered = params.begun + plan.parts(desc.tokens);

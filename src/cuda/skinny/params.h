@@ -72,6 +72,7 @@ struct Params {
   Divider depth_units;  // of a strip: kDepth inputs each
   Divider ctas;
   int trigger;
+  int ahead;
   int prefetch_bytes;
   int members;    // of a team: for each strip, a warp for each part of the tokens
   Divider teams;  // of a CTA

@@ -48,6 +48,16 @@ class Places {
     return clamped(get(&Place::row, i), params_.output_grid);
   }
 
+  // Asks L2 for the blocks that begin with one of `count` units from `i` on.
+  __device__ __forceinline__ void prefetch(int i, int count, int member) const {
+    const int at = i - first_;
+    const bool mine = static_cast<unsigned>((lane_ - at) & 31) < static_cast<unsigned>(count);
+    const Place& place = at + ((lane_ - at) & 31) < 32 ? near_ : far_;
+    if (!mine || i + ((lane_ - at) & 31) >= units_.end - units_.begin || place.within != 0) return;
+    const int bytes = C::kOutputs * params_.block_depth / C::kParts * static_cast<int>(sizeof(typename C::Value));
+    ptx::prefetch(static_cast<const char*>(params_.values) + static_cast<int64_t>(uint64_t{static_cast<unsigned>(place.chunk)} * 16) + member * bytes, bytes);
+  }
+
   // What is before `i` is not asked for any more.
   __device__ __forceinline__ void advance(int i) {
     if (i - first_ < 32) return;
