@@ -9,14 +9,21 @@
 
 namespace block_sparse::cuda::skinny {
 
-// Warps of a CTA: four for each scheduler, so that some wait while others multiply.
-#ifndef SKINNY_WARPS
-#define SKINNY_WARPS 16
+// Warps of a CTA, and how many CTAs a multiprocessor has room for: with two, that of the next product
+// is there before this one has ended, and asks for W (kernel.cuh).
+struct Config {
+  int warps;
+  int ctas;
+
+  // That registers are kept for: with two CTAs some are left for the small kernels, which run beside
+  // them.
+  constexpr int bound_threads() const { return 32 * (ctas == 1 ? warps : warps + 2); }
+};
+#ifdef SKINNY_WARPS
+constexpr Config config_for(int) { return Config{SKINNY_WARPS, SKINNY_WARPS == 16 ? 1 : 2}; }
+#else
+constexpr Config config_for(int tokens) { return tokens <= 32 ? Config{8, 2} : Config{16, 1}; }
 #endif
-constexpr int kWarps = SKINNY_WARPS;
-constexpr int kPlaces = kWarps < 16 ? 2 : 1;
-constexpr int bound_threads(int tokens) { return kWarps == 8 && tokens > 32 ? 320 : kWarps * 32; }
-constexpr int bound_ctas(int tokens) { return kPlaces == 1 ? 1 : tokens > 32 || kWarps == 12 ? 2 : 3; }
 // Parts that the tokens of a unit are split into, each of them a warp's: with more than 32 there are
 // too few registers for 16 warps, and the x of a unit is copied once for both.
 constexpr int parts_of(int tokens) { return tokens <= 16 ? 1 : 2; }
@@ -43,7 +50,7 @@ constexpr bool is_ordered(int64_t row_bytes, int tokens) { return row_bytes == 3
 // Shared memory apart from the rings: sums and state of each warp.
 constexpr int shared_rest(int outputs, int tokens) {
   constexpr int kState = 128;
-  return kWarps * outputs * (tokens / parts_of(tokens)) * 4 + kState;
+  return config_for(tokens).warps * outputs * (tokens / parts_of(tokens)) * 4 + kState;
 }
 
 // A warp multiplies units: kOutputs outputs by kDepth inputs of a block, for its part of the tokens.
@@ -61,6 +68,8 @@ struct Choice {
   static constexpr int kTokens = kMaxTokens;
   static constexpr int kParts = parts_of(kTokens);
   static constexpr int kWarpTokens = kTokens / kParts;
+  static constexpr int kWarps = config_for(kTokens).warps;
+  static constexpr int kThreads = kWarps * 32;
   static_assert(!kScaled || !kTransposed, "int8 values are read in forward only");
 
   static constexpr UnitSizes kUnit{kOutputs, kDepth, kTokens, sizeof(T), sizeof(Value)};

@@ -40,7 +40,7 @@ __device__ bool is_one_row(const Params& params, int cta) {
 
 // A float4 for each thread; grid (CTAs of the other kernel, as many as it takes).
 constexpr unsigned kFinishCtas = 2;
-constexpr int kFinishThreads = kWarps == 12 ? 128 : 256;
+constexpr int kFinishThreads = 256;
 
 template <class C>
 __global__ void __launch_bounds__(kFinishThreads)

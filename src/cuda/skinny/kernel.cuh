@@ -25,8 +25,8 @@ enum class Link : int {
 // What is behind it are the rings.
 template <class C>
 struct alignas(128) Shared {
-  float4 parts[kWarps][C::kSums];
-  Link links[kWarps];
+  float4 parts[C::kWarps][C::kSums];
+  Link links[C::kWarps];
 };
 
 template <class C>
@@ -149,7 +149,7 @@ class Worker {
 };
 
 template <class C>
-__global__ void __launch_bounds__(bound_threads(C::kTokens), bound_ctas(C::kTokens))
+__global__ void __launch_bounds__(config_for(C::kTokens).bound_threads(), config_for(C::kTokens).ctas)
     skinny_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   Worker<C> worker(params, *reinterpret_cast<Shared<C>*>(shared));

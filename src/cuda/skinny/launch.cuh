@@ -110,7 +110,7 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   const char* t = getenv("SK_TRIGGER");
   params.trigger = t ? atoi(t) : 0;
   const char* p = getenv("SK_PREFETCH");
-  params.prefetch_bytes = (p ? atoi(p) : 32 << 10) / kWarps;
+  params.prefetch_bytes = (p ? atoi(p) : 32 << 10) / C::kWarps;
   const int of_block = C::kOutputs * params.block_depth / C::kParts * static_cast<int>(sizeof(typename C::Value));
   params.ahead = getenv("SK_AHEAD") ? std::min(28, (params.prefetch_bytes + of_block - 1) / of_block * params.depth_units.divisor()) : 0;
   allow_shared_memory<C>();
@@ -124,7 +124,7 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
     params.x_depth = params.depth_grid * params.block_depth;
   }
   const auto ctas = static_cast<unsigned>(plan.ctas);
-  launch_early(skinny_kernel<C>, {ctas, 1, 1}, kWarps * 32, plan.shared_bytes, stream, params);
+  launch_early(skinny_kernel<C>, {ctas, 1, 1}, C::kThreads, plan.shared_bytes, stream, params);
   if (getenv("SK_NOFINISH")) return;
   launch_early(finish_kernel<C>, {ctas, std::min(ctas_for(plan.members * C::kSums, kFinishThreads), kFinishCtas), 1},
                kFinishThreads, 0, stream, params);

@@ -23,11 +23,20 @@ constexpr int padded_tokens(int64_t tokens) {
 // What of a GPU it depends on.
 struct Device {
   int multiprocessors;
-  int shared_bytes;  // of a CTA, at most
+  int shared_bytes;                    // of a CTA, at most
+  int multiprocessor_shared_bytes;
+  int reserved_bytes;                  // of it, for each CTA
+
+  // For each of so many CTAs.
+  int shared_bytes_for(int ctas) const {
+    return std::min(shared_bytes, multiprocessor_shared_bytes / ctas - reserved_bytes);
+  }
 };
 
 inline Device this_device() {
-  return {multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  return {multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          device_attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
 }
 
 struct Plan {
@@ -65,8 +74,9 @@ inline Plan plan_of(const ProductDesc& desc, Device device) {
   plan.units = desc.nnz * (plan.block_depth / plan.unit_depth);
   const int tokens = padded_tokens(desc.tokens);
   plan.members = plan.strips * parts_of(tokens);
-  if (plan.members > kWarps) return plan;
-  plan.teams = kWarps / plan.members;
+  const Config config = config_for(tokens);
+  if (plan.members > config.warps) return plan;
+  plan.teams = config.warps / plan.members;
   // One to a multiprocessor, and work for every warp.
   const int64_t busy = (plan.units + plan.teams - 1) / plan.teams;
   const char* more = getenv("SK_CTAS");
@@ -76,7 +86,7 @@ inline Plan plan_of(const ProductDesc& desc, Device device) {
   const int64_t stage_bytes = unit.of_stage * (plan.strips * unit.bytes + unit.input_bytes);
   const int64_t rest = shared_rest(static_cast<int>(plan.unit_outputs), tokens);
   plan.stages = std::min<int64_t>(
-      kMaxStages, (std::min(device.shared_bytes, 232448 / kPlaces - 1024 * (kPlaces > 1)) - rest) / (plan.teams * stage_bytes));
+      kMaxStages, (device.shared_bytes_for(config.ctas) - rest) / (plan.teams * stage_bytes));
   plan.ring_bytes = plan.stages * stage_bytes;
   plan.shared_bytes = rest + plan.teams * plan.ring_bytes;
   if (is_ordered(plan.unit_depth * size_of(desc.dtype), tokens)) {
