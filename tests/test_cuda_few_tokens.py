@@ -182,6 +182,45 @@ def test_captured_by_a_cuda_graph(product):
     assert torch.equal(result.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [3, 16, 32, 64])
+@pytest.mark.parametrize("block_shape", [(16, 16), (32, 32), (128, 128)], ids=str)
+def test_calls_that_follow_each_other(block_shape, tokens, dtype):
+    """Each reads what the one before wrote: x, W and the index. On Hopper it starts before that."""
+    patterns = [Pattern.random((1024, 1024), 0.3, block_shape) for _ in range(2)]
+    indices = [pattern.index.cuda() for pattern in patterns]
+    weights = [
+        torch.randint(-1, 2, (patterns[0].nnz, *block_shape), device="cuda").to(dtype)
+        for _ in range(2)
+    ]
+    start = torch.randint(-1, 2, (tokens, 1024), device="cuda").to(dtype)
+
+    def run(wait):
+        x, values, index = start, weights[0].clone(), indices[0].clone()
+        outputs = []
+        for i in range(12):
+            values.copy_(weights[i % 2])
+            index.copy_(indices[i // 2 % 2])
+            wait()
+            if i % 3 < 2:
+                x = block_sparse.forward(x, values, index, None, 1024)
+            else:
+                x = block_sparse.grad_input(x, values, index, 1024)
+            wait()
+            x = block_sparse.forward(x, values, index, None, 1024)
+            wait()
+            outputs.append(x)
+            x = x.clamp(-1, 1)
+        return torch.stack(outputs)
+
+    expected = run(torch.cuda.synchronize)
+    for _ in range(5):
+        assert torch.equal(run(lambda: None), expected)
+    graph, result = captured(lambda: run(lambda: None))
+    graph.replay()
+    assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize(
     ("tokens", "block_shape", "dtype", "reason"),
     [
