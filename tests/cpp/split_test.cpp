@@ -7,6 +7,8 @@
 #include <map>
 #include <vector>
 
+#include "cuda/skinny/plan.h"
+
 namespace block_sparse::cuda::sm90::strips {
 namespace {
 
@@ -137,6 +139,25 @@ TEST(Plan, FewOutputsAreSplit) {
     EXPECT_GT(plan.split.parts, 1);
     EXPECT_GT(plan.workspace(), 0);
   }
+}
+
+TEST(Plan, ALittleMoreThanFullRoundsIsWholeTilesAndPartsOfTheRest) {
+  for (const int64_t side : {16, 32}) {
+    const Plan plan = plan_of(product(Product::forward, 1000, 6144, 4096, side), kClusters);
+    EXPECT_GE(plan.split.whole(), kClusters);
+    EXPECT_GT(plan.split.last, 0);
+    EXPECT_GT(plan.split.parts, 1);
+  }
+}
+
+// Three passes over W take longer than split sums, and less than tiles that are not split.
+TEST(FewTokens, AreComparedWithSplitSumsWhereTheseRun) {
+  ProductDesc desc = product(Product::forward, 130, 128, 32768, 32);
+  desc.planned = true;
+  desc.nnz = 4 * 1024 * 3 / 10;
+  const skinny::Plan plan = skinny::plan_of(desc, 1);
+  EXPECT_FALSE(skinny::is_fastest(desc, plan, 132, true));
+  EXPECT_TRUE(skinny::is_fastest(desc, plan, 132, false));
 }
 
 }  // namespace

@@ -172,15 +172,21 @@ class BlockMovement(Sparsifier):
     def _keep_scores(self, layer: SparseLayer) -> None:
         """Only those of the blocks that are alive, and what Adam keeps of them."""
         old = self.scores[layer.name]
-        new = old[layer.alive]
+        state = {
+            name: item if name == "step" else item[layer.alive]
+            for name, item in self._adam.state.get(old, {}).items()
+        }
+        self._set_score(layer, old[layer.alive], state)
+
+    def _set_score(self, layer: SparseLayer, score: Tensor, state: dict[str, Tensor]) -> None:
+        """Puts a score, and what Adam keeps of it, in the place of the layer's."""
+        old = self.scores[layer.name]
         params = self._adam.param_groups[0]["params"]
-        params[:] = [new if p is old else p for p in params]
-        if old in self._adam.state:
-            self._adam.state[new] = {
-                name: item[layer.alive] if item.shape == old.shape else item
-                for name, item in self._adam.state.pop(old).items()
-            }
-        self.scores[layer.name] = new
+        params[:] = [score if p is old else p for p in params]
+        self._adam.state.pop(old, None)
+        if state:
+            self._adam.state[score] = state
+        self.scores[layer.name] = score
 
     def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:
         score = self.scores[layer.name]
@@ -193,15 +199,10 @@ class BlockMovement(Sparsifier):
 
     def _load_layer_state(self, layer: SparseLayer, state: dict[str, Any]) -> None:
         super()._load_layer_state(layer, state)
-        old, device = self.scores[layer.name], layer.born.device
-        score: Tensor = state["score"].to(device, copy=True)
-        params = self._adam.param_groups[0]["params"]
-        params[:] = [score if p is old else p for p in params]
-        self._adam.state.pop(old, None)
-        if state["adam"]:
-            self._adam.state[score] = {
-                name: item.to(item.device if name == "step" else device, copy=True)
-                for name, item in state["adam"].items()
-            }
-        self.scores[layer.name] = score
+        device = layer.born.device
+        adam = {
+            name: item.to(item.device if name == "step" else device, copy=True)
+            for name, item in state["adam"].items()
+        }
+        self._set_score(layer, state["score"].to(device, copy=True), adam)
         self._aside[layer.name] = state["aside"].to(device, copy=True)

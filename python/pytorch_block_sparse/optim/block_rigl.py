@@ -132,7 +132,7 @@ class BlockRigL(BlockSET):
         best = torch.zeros(0, dtype=torch.int64, device=layer.born.device)
         if watched is not None:
             norms = watched.norms(per_input_rms=self.normalise, group=self.process_group)
-            norms = self._without_nan(layer, norms)
+            norms = self._without_nan(layer, norms, ", candidates")
             by_gradient = count - round(self.random_share * count)
             best = watched.ids[highest(norms, by_gradient)]
         rest = others(torch.cat([block_ids(layer.module.pattern), best]), layer.cells)

@@ -18,11 +18,12 @@ def nan_as_lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
     return scores.masked_fill(nan, -math.inf), nan.sum()
 
 
-def warn_of_nan(count: int, of: int, where: str) -> None:
+def warn_of_nan(count: int, of: int, where: str, stacklevel: int = 3) -> None:
     """Says that `count` of so many scores are NaN, if any is."""
     if count:
         warnings.warn(
-            f"{where}: {count} of {of} block scores are NaN; they count as the lowest", stacklevel=3
+            f"{where}: {count} of {of} block scores are NaN; they count as the lowest",
+            stacklevel=stacklevel,
         )
 
 

@@ -250,10 +250,10 @@ class Sparsifier:
             layer.set_alive(layer.alive[change.order] | change.fresh)
         return change
 
-    def _without_nan(self, layer: SparseLayer, scores: Tensor) -> Tensor:
+    def _without_nan(self, layer: SparseLayer, scores: Tensor, what: str = "") -> Tensor:
         """Scores with minus infinity for NaN. The warning comes with the log: nobody waits here."""
         clean, count = nan_as_lowest(scores)
-        self._nan.append((layer.name, len(scores), count))
+        self._nan.append((layer.name + what, len(scores), count))
         return clean
 
     def _compact(self, layer: SparseLayer) -> None:
@@ -302,14 +302,14 @@ class Sparsifier:
         measured += [number.to(device) for _, _, number in self._nan]
         numbers = torch.stack(measured).tolist()
         for (name, of, _), nan in zip(self._nan, numbers[3 * len(self.layers) :], strict=True):
-            warn_of_nan(nan, of, name)
+            warn_of_nan(nan, of, name, stacklevel=4)
         layers = {}
         for i, layer in enumerate(self.layers):
             born, rows, cols = numbers[3 * i : 3 * i + 3]
             layers[layer.name] = {
                 "density": layer.alive_count / max(1, layer.cells),
                 "churn": changed.get(layer.name, 0) / max(1, before[i]),
-                "age": self.steps - born / max(1, layer.alive_count),
+                "age": (self.steps * layer.alive_count - born) / max(1, layer.alive_count),
                 "dead_rows": layer.module.pattern.grid[0] - rows,
                 "dead_cols": layer.module.pattern.grid[1] - cols,
             }

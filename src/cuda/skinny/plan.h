@@ -58,8 +58,9 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
 // Microseconds of the kernels for many tokens, from measurements on an H100 at up to 256 tokens.
 // They have tiles of 128 or 256 outputs, so where there are few outputs, most of the chip is idle,
 // unless sums are split.
-inline double cost_of_many_tokens(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
-  if (desc.planned && size_of(desc.dtype) == 2 && sm90::strips::takes_block(desc.block)) {
+inline double cost_of_many_tokens(const ProductDesc& desc, const Plan& plan, int multiprocessors,
+                                  bool hopper) {
+  if (hopper && desc.planned && sm90::strips::takes_block(desc.block)) {
     return sm90::strips::plan_of(desc, multiprocessors / sm90::strips::kCluster).time;
   }
   const int64_t side = std::min(desc.block.out, desc.block.in);
@@ -74,8 +75,9 @@ inline double cost_of_many_tokens(const ProductDesc& desc, const Plan& plan, int
 
 // Whether passes over W, of kMaxTokens tokens each, take less time than the kernels for many
 // tokens. int8 values have tensor cores only here, and by a dense W. From measurements on an H100,
-// int8 at up to 8192 tokens.
-inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiprocessors) {
+// int8 at up to 8192 tokens. `hopper`: Hopper's kernels take the product, but for its block shape.
+inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiprocessors,
+                       bool hopper) {
   const auto passes = static_cast<double>((desc.tokens + kMaxTokens - 1) / kMaxTokens);
   if (passes <= 1) return true;
   const int64_t side = std::min(desc.block.out, desc.block.in);
@@ -85,7 +87,7 @@ inline bool is_fastest(const ProductDesc& desc, const Plan& plan, int multiproce
   if (desc.int8) {
     return !desc.dense_product || passes * std::max(pass, 13.5) < dense_weight::cost(desc);
   }
-  return passes * pass < cost_of_many_tokens(desc, plan, multiprocessors);
+  return passes * pass < cost_of_many_tokens(desc, plan, multiprocessors, hopper);
 }
 
 }  // namespace block_sparse::cuda::skinny

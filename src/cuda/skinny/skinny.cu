@@ -8,6 +8,7 @@
 #include "cuda/launch.h"
 #include "cuda/skinny/launch.h"
 #include "cuda/skinny/plan.h"
+#include "cuda/sm90/hopper.h"
 #include "kernels.h"
 
 namespace block_sparse::cuda {
@@ -27,7 +28,8 @@ Refusal why_not(const ProductDesc& desc) {
                   desc.block.in);
   }
   const skinny::Plan plan = skinny::plan_of(desc, 1);
-  if (!skinny::is_fastest(desc, plan, multiprocessors())) {
+  const bool hopper = !sm90::why_not_hopper(desc);
+  if (!skinny::is_fastest(desc, plan, multiprocessors(), hopper)) {
     return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
                   " tokens; other kernels are faster");
   }

@@ -104,10 +104,10 @@ struct Plan {
   int tile_tokens;  // a multiple of 16, no more than it has room for
   int token_tiles;
   Split split;
-  double time;  // microseconds
-  bool flexible() const { return split.last > 0 || tile_tokens < tile.tokens; }
+  double time;         // microseconds
   int64_t part_bytes;  // of the sums of a part
   int64_t workspace() const { return split.pieces() * part_bytes; }
+  bool flexible() const { return split.last > 0 || tile_tokens < tile.tokens; }
 };
 
 // Microseconds of a stage of 64 of the depth, and what is added for each token of the tile.
@@ -141,7 +141,7 @@ inline Plan plan_with(const Tile& tile, const ProductDesc& desc, const Lines& li
   return plan;
 }
 
-// `clusters`: that run at once.
+// Of at least one token. `clusters`: that run at once.
 inline Plan plan_of(const ProductDesc& desc, int clusters) {
   const Lines lines = lines_of(desc.grid(), desc.block, desc.product == Product::grad_input);
   const Plan plan = plan_with(lines.tile(), desc, lines, clusters);

@@ -37,7 +37,6 @@ strips::Plan plan_of(const ProductDesc& desc) {
 int64_t workspace(const ProductDesc& desc, const Execution&) { return plan_of(desc).workspace(); }
 
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-  if (desc.tokens == 0) return;
   const cudaStream_t stream = stream_of(execution.stream);
   if (desc.product == Product::forward) {
     strips::launch_for_block<false>(desc, args, plan_of(desc), stream);
