@@ -105,10 +105,13 @@ def test_movement_learns_on_after_compaction_by_hand():
     sparsifier.scores["0"][:40] = -100.0
     for step in range(3):
         train_step(model, optimizer, sparsifier, seed=step)
+    kept = {name: score.clone() for name, score in sparsifier.scores.items()}
     sparsifier.compact()
     assert model[0].block_count == 88
+    assert torch.equal(sparsifier.scores["0"], kept["0"][40:])
+    assert torch.equal(sparsifier.scores["2"], kept["2"])
     before = sparsifier.scores["0"].clone()
     train_step(model, optimizer, sparsifier, seed=3)
     assert not torch.equal(sparsifier.scores["0"], before)
-    state = sparsifier._adam.state[sparsifier.scores["0"]]
+    state = sparsifier.state_dict()["layers"]["0"]["adam"]
     assert int(state["step"]) == 4 and len(state["exp_avg"]) == 88

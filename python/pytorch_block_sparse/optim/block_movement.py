@@ -6,7 +6,7 @@ weight W', so that its gradient is there for all blocks, masked ones too; the we
 blocks are kept aside and come back if their score rises again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -111,21 +111,37 @@ class BlockMovement(Sparsifier):
         self.penalty, self.threshold, self.floor = penalty, threshold, floor
         self.score_every = score_every
         self.compact_at_end = compact
-        self.scores = {
-            layer.name: torch.zeros(layer.module.block_count, device=layer.born.device)
-            for layer in self.layers
-        }
         self._aside = {
             layer.name: layer.module.values.detach()[layer.dead] for layer in self.layers
         }
-        self._adam = torch.optim.Adam(list(self.scores.values()), lr=score_lr * score_every)
+        # One tensor for all layers: on a GPU the work on scores is mostly that of starting it.
+        blocks = sum(layer.start for layer in self.layers)
+        self._score = torch.zeros(blocks, device=self.layers[0].born.device)
+        self._adam = torch.optim.Adam([self._score], lr=score_lr * score_every)
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """S of each layer, ``[nnz]``: parts of one tensor, by the layer's name."""
+        return self._by_layer(self._score)
 
     def compact(self) -> None:
         """Frees the memory of masked blocks, for good. Makes new Parameters."""
+        keep = self._joined(layer.alive for layer in self.layers)
         for layer in progress(self.layers, "Compacting"):
-            self._keep_scores(layer)
             self._aside[layer.name] = self._aside[layer.name][:0]
             self._compact(layer)
+        state = self._adam.state.get(self._score, {})
+        kept = {name: item if name == "step" else item[keep] for name, item in state.items()}
+        self._set_score(self._score[keep], kept)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        parts = list(state["layers"].values())
+        adam = {
+            name: item.clone() if name == "step" else self._joined(p["adam"][name] for p in parts)
+            for name, item in parts[0]["adam"].items()
+        }
+        self._set_score(self._joined(part["score"] for part in parts), adam)
 
     def _collect(self) -> None:
         if self.steps >= self.schedule.end or self.steps % self.score_every:
@@ -133,31 +149,38 @@ class BlockMovement(Sparsifier):
         blocks = sum(layer.start for layer in self.layers)
         push = self.penalty * self.tau(self.steps) / self.threshold
         scale = getattr(self.optimizer, "grad_scale", None)  # fused, under a GradScaler
-        for layer in self.layers:
-            values, score = layer.module.values, self.scores[layer.name]
-            soft = torch.sigmoid(score)
-            score.grad = push / blocks * soft * (1 - soft)
-            if values.grad is None:
-                continue
-            slope = scores.effect(values, values.grad)
-            if len(layer.dead):  # their weight is aside
-                aside = scores.effect(self._aside[layer.name], values.grad[layer.dead])
-                slope[layer.dead] = aside.to(slope.dtype)
-            score.grad += (slope if scale is None else slope / scale).to(score.dtype)
+        slope = self._joined(self._slope(layer) for layer in self.layers)
+        soft = torch.sigmoid(self._score)
+        self._score.grad = push / blocks * soft * (1 - soft)
+        self._score.grad += (slope if scale is None else slope / scale).to(self._score.dtype)
         self._adam.step()
+
+    def _slope(self, layer: SparseLayer) -> Tensor:
+        """dL/dS of each block, but for the penalty's part."""
+        values = layer.module.values
+        if values.grad is None:
+            return torch.zeros(len(values), device=values.device)
+        slope = scores.effect(values, values.grad)
+        if len(layer.dead):  # their weight is aside
+            aside = scores.effect(self._aside[layer.name], values.grad[layer.dead])
+            slope.index_copy_(0, layer.dead, aside)
+        return slope
 
     def _after_step(self) -> None:
         self._hold_at_zero()
 
     def _update(self) -> dict[str, int]:
-        changed = [self._mask(layer).to(self.layers[0].born.device) for layer in self.layers]
+        changed = [
+            self._mask(layer, score).to(self._score.device)
+            for layer, score in zip(self.layers, self.scores.values(), strict=True)
+        ]
         if self.steps == self.schedule.end and self.compact_at_end:
             self.compact()
         names = [layer.name for layer in self.layers]
         return dict(zip(names, torch.stack(changed).tolist(), strict=True))
 
-    def _mask(self, layer: SparseLayer) -> Tensor:
-        score = self._without_nan(layer, self.scores[layer.name])
+    def _mask(self, layer: SparseLayer, score: Tensor) -> Tensor:
+        score = self._without_nan(layer, score.to(layer.alive.device))
         alive = torch.sigmoid(score) > self.tau(self.steps)
         least = min(len(score), max(1, round(self.floor * layer.cells)))
         alive.index_fill_(0, highest(score, least), True)
@@ -169,40 +192,34 @@ class BlockMovement(Sparsifier):
         values.index_fill_(0, layer.dead, 0)
         return changed
 
-    def _keep_scores(self, layer: SparseLayer) -> None:
-        """Only those of the blocks that are alive, and what Adam keeps of them."""
-        old = self.scores[layer.name]
-        state = {
-            name: item if name == "step" else item[layer.alive]
-            for name, item in self._adam.state.get(old, {}).items()
-        }
-        self._set_score(layer, old[layer.alive], state)
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        """Something of each layer, as one tensor."""
+        return torch.cat([part.to(self._score.device) for part in parts])
 
-    def _set_score(self, layer: SparseLayer, score: Tensor, state: dict[str, Tensor]) -> None:
-        """Puts a score, and what Adam keeps of it, in the place of the layer's."""
-        old = self.scores[layer.name]
-        params = self._adam.param_groups[0]["params"]
-        params[:] = [score if p is old else p for p in params]
-        self._adam.state.pop(old, None)
+    def _by_layer(self, joined: Tensor) -> dict[str, Tensor]:
+        parts = joined.split([len(layer.alive) for layer in self.layers])
+        return {layer.name: part for layer, part in zip(self.layers, parts, strict=True)}
+
+    def _set_score(self, score: Tensor, state: dict[str, Tensor]) -> None:
+        """Puts scores, and what Adam keeps of them, in the place of those that are there."""
+        self._adam.param_groups[0]["params"] = [score]
+        self._adam.state.clear()
         if state:
             self._adam.state[score] = state
-        self.scores[layer.name] = score
+        self._score = score
 
     def _layer_state(self, layer: SparseLayer) -> dict[str, Any]:
-        score = self.scores[layer.name]
+        adam = self._adam.state.get(self._score, {})
         return {
             **super()._layer_state(layer),
-            "score": score.clone(),
+            "score": self.scores[layer.name].clone(),
             "aside": self._aside[layer.name].clone(),
-            "adam": {name: item.clone() for name, item in self._adam.state.get(score, {}).items()},
+            "adam": {
+                name: (item if name == "step" else self._by_layer(item)[layer.name]).clone()
+                for name, item in adam.items()
+            },
         }
 
     def _load_layer_state(self, layer: SparseLayer, state: dict[str, Any]) -> None:
         super()._load_layer_state(layer, state)
-        device = layer.born.device
-        adam = {
-            name: item.to(item.device if name == "step" else device, copy=True)
-            for name, item in state["adam"].items()
-        }
-        self._set_score(layer, state["score"].to(device, copy=True), adam)
-        self._aside[layer.name] = state["aside"].to(device, copy=True)
+        self._aside[layer.name] = state["aside"].to(layer.born.device, copy=True)
