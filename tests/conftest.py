@@ -35,6 +35,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed"):
+        import machine  # imports the package, which this file does not
+
+        terminalreporter.section("the machine")
+        for line in machine.description():
+            terminalreporter.line(line)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

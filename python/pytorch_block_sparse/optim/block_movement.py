@@ -135,6 +135,7 @@ class BlockMovement(Sparsifier):
         self._set_score(self._score[keep], kept)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken: see :class:`Sparsifier`."""
         super().load_state_dict(state)
         parts = list(state["layers"].values())
         adam = {
