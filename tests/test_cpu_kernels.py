@@ -192,6 +192,20 @@ def test_patterns(run_with, threads, name, tokens, level):
 
 
 @needs_level
+@pytest.mark.parametrize("block", [(1, 16), (16, 1), (1, 5), (5, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("tokens", [17, 150])
+def test_thin_blocks_of_many_outputs(run_with, threads, block, tokens, level):
+    """More outputs than a chunk of sums has, more terms than a chain, and parts of either."""
+    features = (1300, 1100)
+    grid = [-(-size // side) for size, side in zip(features, block, strict=True)]
+    index = ops.index_random(*grid, grid[0] * grid[1] // 3, 0, False)
+    calls = products(index, tokens, *features, block, torch.float32)
+    for count in (1, 2, 3):
+        threads(count)
+        check(run_with, "cpu_simd", level, calls, f"{count} threads")
+
+
+@needs_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_tokens_are_added_up_in_chunks(run_with, level, dtype):
     """More tokens than grad_weight takes at a time. Sums stay below what bfloat16 holds exactly."""

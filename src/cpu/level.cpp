@@ -6,6 +6,7 @@
 
 #include "cpu/few.h"
 #include "cpu/panel.h"
+#include "cpu/scatter.h"
 #include "cpu/sddmm.h"
 #include "cpu/spmm.h"
 #include "cpu/supported.h"
@@ -52,6 +53,17 @@ auto with_value(const ProductDesc& desc, const F& f) {
   return f(typename Math::Storage());
 }
 
+// Calls f with the class that computes forward or grad_input.
+template <class Math, Product kProduct, class Value, class F>
+auto with_spmm(const ProductDesc& desc, const F& f) {
+  if constexpr (std::is_same_v<Value, typename Math::Sum>) {
+    if (has_single_outputs<kProduct>(desc.block)) {
+      return f(std::type_identity<Scatter<Math, kProduct>>());
+    }
+  }
+  return f(std::type_identity<Spmm<Math, kProduct, Value>>());
+}
+
 // Calls f with an object of the class that computes a product in one dtype.
 template <class F>
 auto with_routine(const ProductDesc& desc, const F& f) {
@@ -60,10 +72,10 @@ auto with_routine(const ProductDesc& desc, const F& f) {
     switch (desc.product) {
       case Product::forward:
         return with_value<Math>(desc, [&](auto value) {
-          return f(std::type_identity<Spmm<Math, Product::forward, decltype(value)>>());
+          return with_spmm<Math, Product::forward, decltype(value)>(desc, f);
         });
       case Product::grad_input:
-        return f(std::type_identity<Spmm<Math, Product::grad_input>>());
+        return with_spmm<Math, Product::grad_input, typename Math::Storage>(desc, f);
       case Product::grad_weight:
         break;
     }

@@ -21,9 +21,10 @@ TEST(MemoryTest, LargeProductsInPartsAndChunks) {
   };
   std::mt19937 generator(1);
   std::uniform_int_distribution<int> integer(-2, 2);
-  for (const Shape& shape : {Shape{600, 130, 140, {32, 32}}, Shape{1100, 66, 140, {16, 16}},
-                             Shape{300, 180, 200, {4, 4}}, Shape{1100, 60, 70, {1, 16}},
-                             Shape{600, 70, 60, {32, 1}}, Shape{7, 700, 1000, {64, 32}}}) {
+  for (const Shape& shape :
+       {Shape{600, 130, 140, {32, 32}}, Shape{1100, 66, 140, {16, 16}},
+        Shape{300, 180, 200, {4, 4}}, Shape{1100, 60, 70, {1, 16}}, Shape{60, 700, 70, {1, 16}},
+        Shape{600, 70, 60, {32, 1}}, Shape{60, 70, 700, {32, 1}}, Shape{7, 700, 1000, {64, 32}}}) {
     for (const Product product : kProducts) {
       for (const Dtype dtype : kDtypes) {
         const ProductDesc desc{product,   dtype,    Epilogue::none, shape.tokens,
@@ -78,6 +79,31 @@ TEST(MemoryTest, AnIndexThatPassesTheCheckLeadsNowhere) {
     }
   }
   EXPECT_GT(accepted, 1000);
+}
+
+// Thin blocks with far more outputs than a kernel sums at a time; it walks them in their order.
+TEST(MemoryTest, BlocksOutOfOrderLeadNowhere) {
+  std::mt19937 generator(3);
+  for (const bool forward : {true, false}) {
+    const ProductDesc desc =
+        forward ? ProductDesc{Product::forward, Dtype::f32, {}, 20, 1300, 64, {1, 16}, 0}
+                : ProductDesc{Product::grad_input, Dtype::f32, {}, 20, 64, 1300, {16, 1}, 0};
+    const GridShape grid = desc.grid();
+    Problem problem = make_problem(desc, Pattern::random(grid.block_rows, grid.block_cols, 2600, 1),
+                                   [] { return 1.0; });
+    std::vector<int32_t> index(problem.pattern.packed().begin(), problem.pattern.packed().end());
+    const PatternView view = PatternView::of_packed(index.data(), grid);
+    const auto shuffle = [&](const int32_t* entries) {
+      const auto first = index.begin() + (entries - index.data());
+      std::shuffle(first, first + problem.desc.nnz, generator);
+    };
+    shuffle(view.col);
+    shuffle(view.trow);
+    check_bounds(view);
+    for (const Kernel& kernel : kernels(Backend::cpu)) {
+      if (!kernel.why_not(problem.desc)) result_of(kernel, problem, {}, view);
+    }
+  }
 }
 
 TEST(MemoryTest, ARowWithMoreBlocksThanColumnsIsRefused) {
