@@ -2,6 +2,7 @@
 // among threads and walked in several chunks, and indices that are wrong but pass check_bounds.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 
 #include "block_sparse/check.h"
@@ -92,7 +93,7 @@ TEST(MemoryTest, BlocksOutOfOrderLeadNowhere) {
     Problem problem = make_problem(desc, Pattern::random(grid.block_rows, grid.block_cols, 2600, 1),
                                    [] { return 1.0; });
     std::vector<int32_t> index(problem.pattern.packed().begin(), problem.pattern.packed().end());
-    const PatternView view = PatternView::of_packed(index.data(), grid);
+    const PatternView view = PatternView::of_packed(index.data(), problem.desc.grid());
     const auto shuffle = [&](const int32_t* entries) {
       const auto first = index.begin() + (entries - index.data());
       std::shuffle(first, first + problem.desc.nnz, generator);
