@@ -22,8 +22,8 @@ class Sddmm {
   // and writes all of dW again, so they should be few.
   static constexpr int64_t kMaxChunkTokens = 512 * Math::kDepth;
   static constexpr int64_t kMaxChunkBytes = 8 << 20;
-  // Steps that the tiles of a block take in turn: what they read then stays in the first cache.
-  static constexpr int64_t kTurnSteps = 128;
+  // Steps that the tiles of a block take in turn: what they read then is half of the first cache.
+  static constexpr int64_t kTurnSteps = 64;
   // Rows of a dense operand that are fetched before they are packed.
   static constexpr int64_t kRowsAhead = 16;
   // Rows of a block that take turns.
@@ -213,6 +213,9 @@ class Sddmm {
             {}, lanes_.width, ahead[r / kTileRows % kVectors] + offset};
         for (int v = 0; v < kVectors; ++v) vectors.data[v] = panels[v] + offset;
         fetch_next_row();
+        if (step + turn == steps) {
+          for (int v = 0; v < kVectors; ++v) fetch_output(targets[v], row + r);
+        }
         with_constant<kTileRows>(std::min<int64_t>(kTileRows, rows - r), [&](auto n) {
           run_tile<n(), kVectors>(row_panel_ + step * rows_.width + row + r, vectors, turn,
                                   step > 0, sums + r * kWidth);
@@ -230,6 +233,19 @@ class Sddmm {
     Tile<Math, kRows, kVectors> tile;
     tile.multiply(Scalars<Packed, true>{scalars, rows_.width}, GatheredVectors(vectors), steps);
     tile.add_to(sums, kVectors * kLane, !add);
+  }
+
+  // Fetches what the rows of a tile will be written to.
+  void fetch_output(Target target, int64_t row) const {
+    const int64_t number = number_ == nullptr ? target.entry : number_[target.entry];
+    const Storage* block = values_ + number * block_.out * block_.in;
+    if (!swapped_) {
+      const Storage* to = block + row * block_.in + target.lane;
+      for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(to + i * block_.in, 1);
+    } else if (row * int64_t{sizeof(Storage)} % 64 == 0) {
+      const Storage* to = block + target.lane * block_.in + row;
+      for (int64_t i = 0; i < kLane; ++i) __builtin_prefetch(to + i * block_.in, 1);
+    }
   }
 
   // Sums of some rows in one vector, to where they belong in dW: transposed where outputs are
