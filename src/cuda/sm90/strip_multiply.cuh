@@ -81,7 +81,10 @@ class Multiply {
         for (int i = 0; i < count; i += 2 * kBatch) {
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
-            if (u > 0 && items[u][0].none()) break;
+            if (u > 0 && items[u][0].none()) {
+              cute::warpgroup_wait<0>();  // fragments[0] comes next again
+              break;
+            }
             multiply(items[u], sums, fragments[u]);
             read_batch(items[u], mine, i + (2 + u) * kBatch);
           }
@@ -206,10 +209,16 @@ class Multiply {
     for (int i = 0; i < kBatch; ++i) items[i].bits = __shfl_sync(kAllLanes, mine.bits, lane + i);
   }
 
-  // One batch is always under way: its fragments and its stage are in use until the next one waits.
+  // One batch is always under way, of as many products as were started: its fragments and its stage
+  // are in use until the next one waits.
   __device__ __forceinline__ void multiply(const Item (&items)[kBatch], Sums (&sums)[kGroups],
                                            Batch& fragments) {
-    cute::warpgroup_wait<kBatch>();
+    if (under_way_ == kBatch) {
+      cute::warpgroup_wait<kBatch>();
+    } else {
+      cute::warpgroup_wait<1>();
+    }
+    under_way_ = items[kBatch - 1].none() ? 1 : kBatch;
     keep(fragments);
     release(held_);
     held_ = 0;
@@ -377,6 +386,7 @@ class Multiply {
 
   Cursor<kTile.stages> at_;  // the next stage to wait for
   uint32_t released_ = 0;    // the slot to release next
+  int under_way_ = kBatch;   // products of the batch that was started last
   int stage_ = -1;           // in use
   int held_ = 0;             // 1: the one before it is still to be released
   uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
