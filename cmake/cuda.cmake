@@ -37,6 +37,7 @@ add_library(block_sparse_cuda STATIC
   src/cuda/tiled/tiled_f16.cu
   src/cuda/tiled/tiled_f32.cu
   src/cuda/tiled/tiled_f64.cu
+  src/cuda/zero.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 

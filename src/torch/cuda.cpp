@@ -10,6 +10,7 @@
 #include "block_sparse/check.h"
 #include "cuda/index.h"
 #include "cuda/sm90/walks.h"
+#include "cuda/zero.h"
 
 namespace block_sparse::binding {
 namespace {
@@ -112,6 +113,12 @@ void Device::build_walks(const PatternView& pattern, BlockShape block, int32_t* 
                           current_stream(torch::stable::accelerator::getCurrentDeviceIndex()));
 }
 
+void Device::zero_blocks(std::span<const BlocksToZero> tensors, const Tensor& like) {
+  check(like.is_cuda(), "values: are not on a GPU, but another tensor is");
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  cuda::zero_blocks(tensors, current_stream(like.get_device_index()));
+}
+
 namespace {
 
 // Runs an op with the device of its first argument current: streams and launches belong to a
@@ -160,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CUDA, m) {
   m.impl("forward_int8", TORCH_BOX(&binding::OnDevice<&binding::forward_int8>::call));
   m.impl("grad_input", TORCH_BOX(&binding::OnDevice<&binding::grad_input>::call));
   m.impl("grad_weight", TORCH_BOX(&binding::OnDevice<&binding::grad_weight>::call));
+  m.impl("zero_blocks_", TORCH_BOX(&binding::zero_blocks));
   m.impl("explain", TORCH_BOX(&binding::OnDevice<&binding::explain>::call));
   m.impl("with_walks", TORCH_BOX(&binding::OnDevice<&binding::with_walks>::call));
   m.impl("index_from_bsr", TORCH_BOX(&binding::OnDevice<&binding::index_from_bsr>::call));

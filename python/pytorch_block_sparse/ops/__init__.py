@@ -16,6 +16,8 @@ grad_weight  dW = dyt x at the present blocks     forward(x, G)            grad_
 ``forward_packed`` is ``forward`` for serving on the CPU, without gradients: its values are in the
 order of ``pack``, which ``unpack`` undoes. ``forward_int8`` is ``forward`` for serving, without
 gradients: its values are int8, and each output is multiplied by a float32 scale of its own.
+
+``zero_blocks_`` sets blocks of many tensors to zero, with one launch on a GPU.
 """
 
 import torch
@@ -32,6 +34,7 @@ from ._products import (
     grad_weight,
     pack,
     unpack,
+    zero_blocks_,
 )
 from ._transforms import GradInput, is_transformed, transformable_linear
 
@@ -45,6 +48,7 @@ __all__ = [
     "linear",
     "pack",
     "unpack",
+    "zero_blocks_",
 ]
 
 

@@ -74,6 +74,13 @@ def _unpack_fake(packed: Tensor, block_out: int, block_in: int) -> Tensor:
     return packed.new_empty((packed.shape[0], block_out, block_in))
 
 
+@torch.library.register_fake("block_sparse::zero_blocks_")
+def _zero_blocks_fake(values: list[Tensor], blocks: list[Tensor]) -> None:
+    for tensor in [*values, *blocks]:
+        if tensor.device != values[0].device:
+            raise ValueError(f"values, blocks: are on {values[0].device} and {tensor.device}")
+
+
 @torch.library.register_fake("block_sparse::grad_input")
 def _grad_input_fake(
     grad_output: Tensor, values: Tensor, index: Tensor, in_features: int

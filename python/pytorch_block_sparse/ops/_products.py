@@ -9,3 +9,4 @@ grad_input = torch.ops.block_sparse.grad_input.default
 grad_weight = torch.ops.block_sparse.grad_weight.default
 pack = torch.ops.block_sparse.pack.default
 unpack = torch.ops.block_sparse.unpack.default
+zero_blocks_ = torch.ops.block_sparse.zero_blocks_.default

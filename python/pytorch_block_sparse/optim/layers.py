@@ -4,12 +4,14 @@ Names lose what DDP, torch.compile and checkpointing put into them, so that they
 every rank and in every run.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..linear import BlockSparseLinear
+from ..ops import zero_blocks_
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -55,6 +57,20 @@ class SparseLayer:
         """Number of blocks of the full grid."""
         rows, cols = self.module.pattern.grid
         return rows * cols
+
+
+def hold_at_zero(layers: Iterable[SparseLayer]) -> None:
+    """Zeroes the blocks that are not alive."""
+    together: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for layer in layers:
+        values, dead = layer.module.values, layer.dead
+        if not values.is_contiguous():
+            values.index_fill_(0, dead, 0)
+        elif len(dead):
+            together.setdefault(values.device, []).append((values, dead))
+    # At once: on a GPU, starting the work for each layer takes longer than the work.
+    for pairs in together.values():
+        zero_blocks_(*map(list, zip(*pairs, strict=True)))
 
 
 def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .._sharded import refuse_sharded
 from .choose import generator, nan_as_lowest, warn_of_nan
-from .layers import SparseLayer, sparse_layers
+from .layers import SparseLayer, hold_at_zero, sparse_layers
 from .schedule import Every
 from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
 
@@ -267,9 +267,7 @@ class Sparsifier:
 
     def _hold_at_zero(self) -> None:
         """Blocks that are not alive stay zero, whatever the optimizer did to them."""
-        for layer in self.layers:
-            if len(layer.dead):
-                layer.module.values.index_fill_(0, layer.dead, 0)
+        hold_at_zero(self.layers)
 
     def _refuse_compaction_under_ddp(self) -> None:
         replicas = (
