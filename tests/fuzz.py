@@ -111,10 +111,10 @@ def mutate(rng, argument):
         if argument.is_meta or argument.layout != torch.strided:
             return argument  # is corrupt already
         return rng.choice(TENSOR_MUTATIONS)(rng, argument)
-    if isinstance(argument, list):
+    if isinstance(argument, list) and argument:
         position = rng.randrange(len(argument))
         corrupt = [*argument[:position], mutate(rng, argument[position]), *argument[position + 1 :]]
-        return rng.choice([corrupt, corrupt, corrupt, argument[1:], argument * 2])
+        return rng.choice([corrupt, corrupt, corrupt, argument[1:], argument + argument[:1]])
     if isinstance(argument, bool):
         return rng.choice([None, "text", 2, -1, not argument])
     if isinstance(argument, int):

@@ -124,6 +124,8 @@ def _index_from_mask_fake(mask: Tensor) -> Tensor:
 
 @torch.library.register_fake("block_sparse::index_from_blocks")
 def _index_from_blocks_fake(blocks: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    if blocks.dim() != 2:
+        raise ValueError(f"blocks: must be [n, 2], got {list(blocks.shape)}")
     size = index_size((block_rows, block_cols), blocks.shape[0])
     return blocks.new_empty(size, dtype=torch.int32)
 
