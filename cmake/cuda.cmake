@@ -23,6 +23,7 @@ include(cmake/cutlass.cmake)
 
 add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
+  src/cuda/dots.cu
   src/cuda/index.cu
   src/cuda/dense/dense.cu
   src/cuda/skinny/skinny.cu

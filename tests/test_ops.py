@@ -95,8 +95,8 @@ def test_every_op_is_checked_above():
         "index_random",
         "index_banded",
     }
-    # zero_blocks_ is checked in test_zero_blocks.py.
-    assert names == checked | {"explain", "zero_blocks_"}
+    elsewhere = {"zero_blocks_", "block_dots"}  # test_block_lists.py
+    assert names == checked | elsewhere | {"explain"}
 
 
 @pytest.mark.parametrize(

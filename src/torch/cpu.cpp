@@ -147,6 +147,10 @@ STABLE_TORCH_LIBRARY(block_sparse, m) {
   m.def("unpack(Tensor packed, SymInt block_out, SymInt block_in) -> Tensor");
   // Sets these blocks of each tensor to zero; values of any dtype, blocks int64.
   m.def("zero_blocks_(Tensor(a!)[] values, Tensor[] blocks) -> ()");
+  // Sums of values * others over each block, of all tensors, one after the other. For `blocks` of
+  // each, `instead` is taken for the values. On a GPU only.
+  m.def(
+      "block_dots(Tensor[] values, Tensor[] others, Tensor[] blocks, Tensor[] instead) -> Tensor");
   // Which kernel would run, and why: for people. Where values are int8, `input` has the dtype of
   // the rest.
   m.def(

@@ -17,7 +17,8 @@ grad_weight  dW = dyt x at the present blocks     forward(x, G)            grad_
 order of ``pack``, which ``unpack`` undoes. ``forward_int8`` is ``forward`` for serving, without
 gradients: its values are int8, and each output is multiplied by a float32 scale of its own.
 
-``zero_blocks_`` sets blocks of many tensors to zero, with one launch on a GPU.
+``zero_blocks_`` sets blocks of many tensors to zero, and ``block_dots`` sums products of them, with
+few launches on a GPU; the latter exists there only.
 """
 
 import torch
@@ -27,6 +28,7 @@ from . import _fakes  # noqa: F401  (registers them)
 from ._autocast import autocast_operands
 from ._autograd import EagerLinear
 from ._products import (
+    block_dots,
     forward,
     forward_int8,
     forward_packed,
@@ -39,6 +41,7 @@ from ._products import (
 from ._transforms import GradInput, is_transformed, transformable_linear
 
 __all__ = [
+    "block_dots",
     "forward",
     "forward_int8",
     "forward_packed",

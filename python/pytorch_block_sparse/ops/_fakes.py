@@ -81,6 +81,17 @@ def _zero_blocks_fake(values: list[Tensor], blocks: list[Tensor]) -> None:
             raise ValueError(f"values, blocks: are on {values[0].device} and {tensor.device}")
 
 
+@torch.library.register_fake("block_sparse::block_dots")
+def _block_dots_fake(
+    values: list[Tensor], others: list[Tensor], blocks: list[Tensor], instead: list[Tensor]
+) -> Tensor:
+    for tensor in [*values, *others, *blocks, *instead]:
+        if tensor.device != values[0].device:
+            raise ValueError(f"values: are on {values[0].device}, but others on {tensor.device}")
+    dtype = torch.promote_types(values[0].dtype, torch.float32)
+    return values[0].new_empty(sum(tensor.shape[0] for tensor in values), dtype=dtype)
+
+
 @torch.library.register_fake("block_sparse::grad_input")
 def _grad_input_fake(
     grad_output: Tensor, values: Tensor, index: Tensor, in_features: int

@@ -2,6 +2,7 @@
 
 import torch
 
+block_dots = torch.ops.block_sparse.block_dots.default
 forward = torch.ops.block_sparse.forward.default
 forward_int8 = torch.ops.block_sparse.forward_int8.default
 forward_packed = torch.ops.block_sparse.forward_packed.default
