@@ -117,9 +117,7 @@ class BlockMovement(Sparsifier):
         # One tensor for all layers: on a GPU the work on scores is mostly that of starting it.
         blocks = sum(layer.start for layer in self.layers)
         self._score = torch.zeros(blocks, device=self.layers[0].born.device)
-        self._adam = torch.optim.Adam(
-            [self._score], lr=score_lr * score_every, fused=self._score.is_cuda
-        )
+        self._adam = torch.optim.Adam([self._score], lr=score_lr * score_every)
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -141,9 +139,7 @@ class BlockMovement(Sparsifier):
         super().load_state_dict(state)
         parts = list(state["layers"].values())
         adam = {
-            name: item.to(self._score.device, copy=True)
-            if name == "step"
-            else self._joined(part["adam"][name] for part in parts)
+            name: item.clone() if name == "step" else self._joined(p["adam"][name] for p in parts)
             for name, item in parts[0]["adam"].items()
         }
         self._set_score(self._joined(part["score"] for part in parts), adam)
@@ -177,7 +173,7 @@ class BlockMovement(Sparsifier):
         # For all layers at once: their number is what launches and waiting for a GPU cost.
         alive = self._mask()
         flips = alive != self._joined(layer.alive for layer in self.layers)
-        changed, gone = self._counts(torch.stack([flips, ~alive])).tolist()
+        changed, gone = torch.stack([self._counts(flips), self._counts(~alive)]).tolist()
         dead = (~alive).nonzero().squeeze(1).split(gone)
         start = 0
         for layer, now, positions in zip(self.layers, self._split(alive), dead, strict=True):
@@ -194,13 +190,12 @@ class BlockMovement(Sparsifier):
     def _mask(self) -> Tensor:
         """Which blocks of all layers are to be alive."""
         nan = self._score.isnan()
+        for layer, count in zip(self.layers, self._counts(nan).unbind(), strict=True):
+            self._nan.append((layer.name, len(layer.alive), count))
         score = self._score.masked_fill(nan, -torch.inf)
         alive = torch.sigmoid(score) > self.tau(self.steps)
-        counts = self._counts(torch.stack([nan, alive]))
-        for layer, count in zip(self.layers, counts[0].unbind(), strict=True):
-            self._nan.append((layer.name, len(layer.alive), count))
         parts = zip(self._split(alive), self._split(score), strict=True)
-        numbers = counts[1].tolist()
+        numbers = self._counts(alive).tolist()
         for layer, number, (now, part) in zip(self.layers, numbers, parts, strict=True):
             least = min(len(now), max(1, round(self.floor * layer.cells)))
             if number < least:  # else the highest are alive as it is
@@ -219,7 +214,7 @@ class BlockMovement(Sparsifier):
         return joined.split([len(layer.alive) for layer in self.layers])
 
     def _counts(self, flags: Tensor) -> Tensor:
-        """How many of each layer's are True: ``[..., layers]``."""
+        """How many of each layer's are True."""
         return sums_of_parts(flags, [len(layer.alive) for layer in self.layers])
 
     def _set_score(self, score: Tensor, state: dict[str, Tensor]) -> None:
