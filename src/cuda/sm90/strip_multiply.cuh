@@ -32,7 +32,13 @@ class Multiply {
   using Sums = float[kTile.tokens / 2];  // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
-  using Batch = Fragments[kBatch];
+
+  // Items that are taken together, with all that their products need.
+  struct Ready {
+    Item items[kBatch];
+    Fragments fragments[kBatch];
+    uint32_t x[kBatch];  // low word of the descriptor
+  };
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
       : params_(params),
@@ -46,17 +52,18 @@ class Multiply {
     w_ = ptx::address_of(shared.w) + fragment_offset<kConfig>(within_piece_, lane_);
     x_ = static_cast<uint32_t>(kOperand | descriptor_address(ptx::address_of(shared.x)));
     full_ = ptx::address_of(shared.full);
-    empty_ = ptx::at_rank(ptx::address_of(shared.empty), lane_ % kCluster);
-    speaks_ = lane_ < kCluster;
+    const bool speaks = lane_ < kCluster;
+    empty_ = speaks ? ptx::at_rank(ptx::address_of(shared.empty), lane_) : 0;
+    empty_size_ = speaks ? 8 : 0;
     ptx::keep_in_register(w_);
     ptx::keep_in_register(x_);
     ptx::keep_in_register(empty_);
-    ptx::keep_in_register(speaks_);
+    ptx::keep_in_register(empty_size_);
   }
 
   __device__ __forceinline__ void run(int first_task, int clusters) {
     Sums sums[kGroups];
-    Batch fragments[2];
+    Ready ready[2];
     int task = first_task;
     begin(task);
     begin_list();
@@ -67,31 +74,39 @@ class Multiply {
         for (float& sum : group) sum = 0;
       }
       stage_ = -1;
-      held_ = 0;
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
         Item mine = item_of(!kConfig.flexible || from + lane_ < items_ ? next_ : 0);
         next_ = __ldg(list_ + from + 32);
         int count = min(32, items_ - from);
         if constexpr (kSharesList) count = pick(mine);
-        Item items[2][kBatch];
+        if (count == 0) continue;
 #pragma unroll
-        for (int u = 0; u < 2; ++u) read_batch(items[u], mine, u * kBatch);
+        for (int u = 0; u < 2; ++u) read_batch(ready[u].items, mine, u * kBatch);
+        prepare(ready[0]);
 #pragma unroll 1
-        for (int i = 0; i < count; i += 2 * kBatch) {
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            if (u > 0 && items[u][0].none()) break;
-            multiply(items[u], sums, fragments[u]);
-            read_batch(items[u], mine, i + (2 + u) * kBatch);
+        for (int i = 0;;) {
+          i += kBatch;
+          multiply(ready[0], sums, ready[1]);
+          read_batch(ready[0].items, mine, i + kBatch);
+          if (i >= count) {  // the next one is to be ready[0] again
+            cute::warpgroup_wait<0>();
+            keep(ready[0]);
+            break;
           }
+          prepare(ready[1]);
+          i += kBatch;
+          multiply(ready[1], sums, ready[0]);
+          read_batch(ready[1].items, mine, i + kBatch);
+          if (i >= count) break;
+          prepare(ready[0]);
         }
       }
       cute::warpgroup_wait<0>();
-      keep(fragments[0]);
-      keep(fragments[1]);
+      keep(ready[0]);
+      keep(ready[1]);
       release(held_);
-      if (stage_ >= 0) release(1);
+      release(in_use_);
       skip_to(stages_);
       settled(sums);
 
@@ -206,34 +221,46 @@ class Multiply {
     for (int i = 0; i < kBatch; ++i) items[i].bits = __shfl_sync(kAllLanes, mine.bits, lane + i);
   }
 
-  // One batch is always under way: its fragments and its stage are in use until the next one waits.
-  __device__ __forceinline__ void multiply(const Item (&items)[kBatch], Sums (&sums)[kGroups],
-                                           Batch& fragments) {
-    cute::warpgroup_wait<kBatch>();
-    keep(fragments);
-    release(held_);
-    held_ = 0;
-    if (items[0].stage() > stage_) arrive_at(items[0].stage());
+  // What a batch needs: its stage, and its fragments on their way. The batch before it is under way,
+  // so a stage that it ends is held until that one is done.
+  __device__ __forceinline__ void prepare(Ready& batch) {
+    if (batch.items[0].stage() != stage_) arrive_at(batch.items[0].stage());
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const uint32_t piece = in_slot<kConfig>(w_, items[i].slot());
+      const uint32_t piece = in_slot<kConfig>(w_, batch.items[i].slot());
+      batch.x[i] = x_stage_ + batch.items[i].within();
 #pragma unroll
       for (int step = 0; step < Size::kPieceSteps; ++step) {
-        ptx::load_matrices<kPiece.transposed>(fragments[i][step], at_step<kConfig>(piece, step));
+        ptx::load_matrices<kPiece.transposed>(batch.fragments[i][step],
+                                              at_step<kConfig>(piece, step));
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (i == 0 || !items[i].none()) multiply(items[i], sums, fragments[i]);
-    }
+    look_ahead();  // while the fragments come
   }
 
-  __device__ __forceinline__ void multiply(const Item& item, Sums (&sums)[kGroups],
-                                           const Fragments& fragments) {
-    const uint32_t x = x_stage_ + item.within();
-    static_assert(kGroups <= 2);
-    if (item.group() == 0) multiply_group(sums[0], fragments, x);
-    if (kGroups == 2 && item.group() == 1) multiply_group(sums[kGroups - 1], fragments, x);
+  // Starts the products of a batch, and waits for those of the batch before it.
+  __device__ __forceinline__ void multiply(const Ready& batch, Sums (&sums)[kGroups],
+                                           const Ready& before) {
+    multiply_item(batch, 0, sums);
+    if (kBatch == 2 && !batch.items[kBatch - 1].none()) {
+      multiply_item(batch, kBatch - 1, sums);
+      cute::warpgroup_wait<2>();
+    } else {
+      cute::warpgroup_wait<1>();
+    }
+    keep(before);
+    release(held_);
+    held_ = 0;
+  }
+
+  __device__ __forceinline__ static void multiply_item(const Ready& batch, int i,
+                                                       Sums (&sums)[kGroups]) {
+    static_assert(kGroups <= 2 && kBatch <= 2);
+    if (kGroups == 1 || batch.items[i].group() == 0) {
+      multiply_group(sums[0], batch.fragments[i], batch.x[i]);
+    } else {
+      multiply_group(sums[kGroups - 1], batch.fragments[i], batch.x[i]);
+    }
   }
 
   // Fence and commit stand in the branch, or ptxas serialises (C7520).
@@ -248,57 +275,57 @@ class Multiply {
     cute::warpgroup_commit_batch();
   }
 
-  // Makes `stage` the one in use. The stage before it is released when its last item is done,
-  // but never held while waiting: its pieces may be where the next ones go.
+  // Makes `stage`, a later one, the one in use. Nothing is needed of those between.
   __device__ __forceinline__ void arrive_at(int stage) {
-    if (stage > stage_ + 1) {
-      cute::warpgroup_wait<0>();
-      release(stage_ >= 0);
-      skip_to(stage);
+    held_ = in_use_;
+#pragma unroll 1
+    while (++stage_ < stage) {
       wait_for_next();
-    } else {
-      held_ = stage_ >= 0;
-      ++stage_;
-      const uint32_t barrier = full_ + at_.slot * 8;
-      if (!ptx::is_over(barrier, at_.lap)) {
-        cute::warpgroup_wait<0>();
-        release(held_);
-        held_ = 0;
-        ptx::wait(barrier, at_.lap);
-      }
-      x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
-      at_.advance();
+      release(in_use_);
     }
+    wait_for_next();
+    x_stage_ = x_ + slot_ * (kTile.stage_bytes() / 16);
   }
 
-  // Releases all stages before `stage` that nothing is needed of.
+  // Releases all stages before `stage`: nothing is needed of them.
   __device__ void skip_to(int stage) {
 #pragma unroll 1
-    while (stage_ + 1 < stage) {
+    while (++stage_ < stage) {
       wait_for_next();
-      release(1);
+      release(in_use_);
     }
+    in_use_ = 0;
   }
 
-  __device__ void wait_for_next() {
-    ++stage_;
-    ptx::wait(full_ + at_.slot * 8, at_.lap);
-    x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
+  // A stage is not held while waiting: its pieces may be where those of the next one go.
+  __device__ __forceinline__ void wait_for_next() {
+    const uint32_t barrier = full_ + at_.slot * 8;
+    if (!is_there_ && !ptx::is_over(barrier, at_.lap)) {
+      cute::warpgroup_wait<0>();
+      release(held_);
+      held_ = 0;
+      ptx::wait(barrier, at_.lap);
+    }
+    slot_ = at_.slot;
+    in_use_ = empty_ + slot_ * empty_size_;
     at_.advance();
+    is_there_ = false;
   }
 
-  // Lane i tells CTA i of the cluster that this warp is done with the oldest stage it held.
-  __device__ __forceinline__ void release(int on) {
-    ptx::arrive_remote_if(on & speaks_, empty_ + released_ * 8);
-    released_ += on;
-    released_ = released_ == kTile.stages ? 0 : released_;
+  __device__ __forceinline__ void look_ahead() {
+    is_there_ = ptx::is_over_now(full_ + at_.slot * 8, at_.lap);
+  }
+
+  // Lane i tells CTA i of the cluster that this warp is done with a stage; the others have 0.
+  __device__ __forceinline__ static void release(uint32_t stage) {
+    ptx::arrive_remote_if(stage, stage);
   }
 
   // A fragment must live until the wait for its products: ptxas does not know that they read it,
   // and would give two items under way the same registers.
-  __device__ __forceinline__ static void keep(const Batch& batch) {
+  __device__ __forceinline__ static void keep(const Ready& batch) {
 #pragma unroll
-    for (const Fragments& fragments : batch) {
+    for (const Fragments& fragments : batch.fragments) {
 #pragma unroll
       for (const Fragment& f : fragments) {
         asm volatile("" ::"r"(f[0]), "r"(f[1]), "r"(f[2]), "r"(f[3]) : "memory");
@@ -356,8 +383,8 @@ class Multiply {
   uint32_t w_;        // of the row of a piece in slot 0 that this lane names to ldmatrix
   uint32_t x_;        // low word of the descriptor of stage 0
   uint32_t full_;     // the barriers
-  uint32_t empty_;    // of the CTA that this lane tells
-  int speaks_;        // 1: this lane does
+  uint32_t empty_;    // of the CTA that this lane tells; 0: it tells none
+  uint32_t empty_size_;
 
   // Of the task that is next, or being computed: as it was read.
   struct {
@@ -375,11 +402,15 @@ class Multiply {
   int stages_ = 0;     // of the task
   int first_stage_ = 0;
 
-  Cursor<kTile.stages> at_;  // the next stage to wait for
-  uint32_t released_ = 0;    // the slot to release next
-  int stage_ = -1;           // in use
-  int held_ = 0;             // 1: the one before it is still to be released
-  uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
+  Cursor<kTile.stages> at_;   // the next stage to wait for
+  bool is_there_ = false;     // it was, when it was looked at
+  int stage_ = -1;            // in use
+  uint32_t slot_ = 0;         // where it is
+  uint32_t x_stage_ = 0;      // low word of its descriptor
+  // Barriers of the stage in use, and of the one before it while it is still to be released; 0:
+  // none, or this lane tells no one.
+  uint32_t in_use_ = 0;
+  uint32_t held_ = 0;
 };
 
 }  // namespace block_sparse::cuda::sm90::strips
