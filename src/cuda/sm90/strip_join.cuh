@@ -38,10 +38,11 @@ __global__ void __launch_bounds__(kJoinThreads)
     const float4 more = part(i);
     sums.x += more.x, sums.y += more.y, sums.z += more.z, sums.w += more.w;
   }
-  const float four[4] = {sums.x, sums.y, sums.z, sums.w};
-  StripStore<T, kTransposed>(params, first + output % params.piece_outputs, token, params.tokens,
-                             lane)
-      .eight(four, 0);
+  float four[4] = {sums.x, sums.y, sums.z, sums.w};
+  StripStore<T, kTransposed> to(params, first + output % params.piece_outputs, token,
+                                params.tokens, lane);
+  to.template add_bias<1>(four);
+  to.eight(four, 0);
 }
 
 }  // namespace block_sparse::cuda::sm90::strips

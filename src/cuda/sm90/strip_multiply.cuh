@@ -342,34 +342,34 @@ class Multiply {
     }
   }
 
-  // Half of the tokens. Those beyond the tile's have no sums.
-  template <int kHalf>
-  __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
-    constexpr int kEights = kTile.tokens / 8;
+  // A group's results, or half of the only one's. Tokens beyond the tile's have no sums.
+  template <int kPart>
+  __device__ __forceinline__ void store(Sums (&sums)[kGroups], const Outputs& outputs) const {
+    constexpr int kEights = kTile.tokens / 8 / (3 - kGroups), kGroup = kGroups == 2 ? kPart : 0;
+    constexpr int kFirst = kGroups == 2 ? 0 : kPart * kEights;
+    float* of = sums[kGroup] + kFirst * 4;
+    const int token = outputs.token + kFirst * 8;
     int end = params_.tokens;
     if constexpr (kConfig.flexible) end = min(end, outputs.token + params_.tile_tokens);
     const auto each_eight = [&](const auto& store) {
 #pragma unroll
-      for (int j = kHalf * kEights / 2; j < (kHalf + 1) * kEights / 2; ++j) {
-        if (kConfig.flexible && outputs.token + j * 8 >= end) break;
-        store(j);
+      for (int j = 0; j < kEights; ++j) {
+        if (kConfig.flexible && token + j * 8 >= end) break;
+        store(of + j * 4, j);
       }
     };
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float (&of)[kTile.tokens / 2] = sums[g];
-      if (outputs.piece >= 0) {
-        const int strip = (warpgroup_ * kGroups + g) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
-        float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
-                                  kTile.outputs() / kWarpOutputs, lane_);
-        each_eight([&](int j) {
-          __stcg(to + j * 32, make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
-        });
-      } else {
-        const StripStore<Element<kConfig>, kPiece.transposed> to(params_, outputs.first[g],
-                                                                 outputs.token, end, lane_);
-        each_eight([&](int j) { to.eight(&of[j * 4], j); });
-      }
+    if (outputs.piece >= 0) {
+      const int strip = (warpgroup_ * kGroups + kGroup) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
+      float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
+                                kTile.outputs() / kWarpOutputs, lane_);
+      each_eight([&](const float* four, int j) {
+        __stcg(to + (kFirst + j) * 32, make_float4(four[0], four[1], four[2], four[3]));
+      });
+    } else {
+      StripStore<Element<kConfig>, kPiece.transposed> to(params_, outputs.first[kGroup], token, end,
+                                                         lane_);
+      to.template add_bias<kEights>(of);
+      each_eight([&](const float* four, int j) { to.eight(four, j); });
     }
   }
 
