@@ -127,7 +127,7 @@ class Multiply {
 
   __device__ static int list_of(int warpgroup) { return warpgroup * kGroups / kTile.list_groups; }
 
-  // Where the results go: first token, first output of each group; or, of a part, its number.
+  // Where the results go: first token, first output of each group's piece; or, of a part, its number.
   struct Outputs {
     int token;
     int first[kGroups];
@@ -181,7 +181,7 @@ class Multiply {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int place = coming_.place + g * Size::kGroupRows;
-      outputs.first[g] = first_output(params_, place, coming_.line[g]) + within_piece_;
+      outputs.first[g] = first_output(params_, place, coming_.line[g]);
     }
     return outputs;
   }
@@ -224,7 +224,7 @@ class Multiply {
   // What a batch needs: its stage, and its fragments on their way. The batch before it is under way,
   // so a stage that it ends is held until that one is done.
   __device__ __forceinline__ void prepare(Ready& batch) {
-    if (batch.items[0].stage() != stage_) arrive_at(batch.items[0].stage());
+    if (batch.items[0].stage() > stage_) arrive_at(batch.items[0].stage());
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const uint32_t piece = in_slot<kConfig>(w_, batch.items[i].slot());
@@ -344,32 +344,32 @@ class Multiply {
 
   // A group's results, or half of the only one's. Tokens beyond the tile's have no sums.
   template <int kPart>
-  __device__ __forceinline__ void store(Sums (&sums)[kGroups], const Outputs& outputs) const {
+  __device__ __forceinline__ void store(Sums (&sums)[kGroups], const Outputs& outputs) {
     constexpr int kEights = kTile.tokens / 8 / (3 - kGroups), kGroup = kGroups == 2 ? kPart : 0;
     constexpr int kFirst = kGroups == 2 ? 0 : kPart * kEights;
     float* of = sums[kGroup] + kFirst * 4;
     const int token = outputs.token + kFirst * 8;
     int end = params_.tokens;
     if constexpr (kConfig.flexible) end = min(end, outputs.token + params_.tile_tokens);
-    const auto each_eight = [&](const auto& store) {
-#pragma unroll
-      for (int j = 0; j < kEights; ++j) {
-        if (kConfig.flexible && token + j * 8 >= end) break;
-        store(of + j * 4, j);
-      }
-    };
     if (outputs.piece >= 0) {
       const int strip = (warpgroup_ * kGroups + kGroup) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
       float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
                                 kTile.outputs() / kWarpOutputs, lane_);
-      each_eight([&](const float* four, int j) {
-        __stcg(to + (kFirst + j) * 32, make_float4(four[0], four[1], four[2], four[3]));
-      });
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) {
+        if (token + j * 8 >= end) break;
+        __stcg(to + (kFirst + j) * 32,
+               make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
+      }
     } else {
-      StripStore<Element<kConfig>, kPiece.transposed> to(params_, outputs.first[kGroup], token, end,
-                                                         lane_);
+      StripStore<kConfig> to(params_, shared_, outputs.first[kGroup],
+                             within_piece_ / kWarpOutputs, token, end, lane_);
       to.template add_bias<kEights>(of);
-      each_eight([&](const float* four, int j) { to.eight(four, j); });
+#pragma unroll
+      for (int j = 0; j < kEights / 2; ++j) {
+        if (kConfig.flexible && token + j * kStoreTokens >= end) break;
+        to.put(of + j * 8, j, buffer_);
+      }
     }
   }
 
@@ -395,6 +395,8 @@ class Multiply {
     int place;  // of the first group's row
     int line[kGroups];
   } coming_{};
+
+  uint32_t buffer_ = 0;  // of the staged results, that was used last
 
   const uint32_t* list_ = nullptr;
   int items_ = 0;
