@@ -59,13 +59,12 @@ __device__ __forceinline__ uint32_t fragment_offset(int first, int lane) {
   return line * Size::kLineBytes + ((chunk ^ swizzle) << 4);
 }
 
-// The same in another slot of the ring. The swizzle repeats after 8 lines of 128 bytes; half as
-// many make a slot of 512.
+// The same in another piece of the ring, so many bytes further. The swizzle repeats after 8 lines of
+// 128 bytes; half as many make a piece of 512.
 template <Config kConfig>
-__device__ __forceinline__ uint32_t in_slot(uint32_t fragment, uint32_t slot) {
-  constexpr int kBytes = Sizes<kConfig>::kPieceBytes;
-  const uint32_t there = fragment + slot * kBytes;
-  return kBytes == 512 ? there ^ (slot & 1) << 6 : there;
+__device__ __forceinline__ uint32_t at_piece(uint32_t fragment, uint32_t bytes) {
+  const uint32_t there = fragment + bytes;
+  return Sizes<kConfig>::kPieceBytes == 512 ? there ^ (bytes & 512) >> 3 : there;
 }
 
 // The same, 16 of the depth further: transposed by rows, which may be half of what the swizzle

@@ -9,16 +9,23 @@
 
 namespace block_sparse::cuda::sm90::strips {
 
-// An item as the warps of one row of pieces see it.
+// An item as the warps of one row of pieces see it, with all that can be known of it beforehand: a
+// warp is as fast as the chain of instructions from one item to the next is short.
 struct Item {
-  static constexpr int kWithin = 16, kGroup = 19, kNone = 20, kSlot = 24;
-  uint32_t bits;  // stage (16), where the column is in it (3, in 16 bytes), group, none, slot (8)
+  static constexpr uint32_t kSecondGroup = 1, kNone = 2, kArrives = 4, kSkips = 8;
+  static constexpr int kX = 18;  // 14 bits
+  // What is to be done: flags; where the piece is, in bytes from slot 0 on; where x is, as a
+  // descriptor has it.
+  uint32_t what = kNone;
+  // The stage it needs, counted from the task's first one (16 bits); its slot (3); its lap (1).
+  uint32_t when = 0;
 
-  __device__ int stage() const { return bits & 0xffff; }
-  __device__ uint32_t within() const { return bits >> kWithin & 7; }
-  __device__ int group() const { return bits >> kGroup & 1; }
-  __device__ bool none() const { return bits >> kNone & 1; }
-  __device__ uint32_t slot() const { return bits >> kSlot; }
+  __device__ bool is(uint32_t flag) const { return (what & flag) != 0; }
+  __device__ uint32_t piece() const { return what & ((1u << kX) - 16); }
+  __device__ uint32_t x() const { return what >> kX; }
+  __device__ int stage() const { return when & 0xffff; }
+  __device__ uint32_t slot() const { return when >> 16 & 7; }
+  __device__ uint32_t lap() const { return when >> 19; }
 };
 
 template <Config kConfig>
@@ -37,7 +44,6 @@ class Multiply {
   struct Ready {
     Item items[kBatch];
     Fragments fragments[kBatch];
-    uint32_t x[kBatch];  // low word of the descriptor
   };
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
@@ -50,13 +56,12 @@ class Multiply {
     row_ = warp * kWarpOutputs / kPiece.outputs;
     within_piece_ = warp * kWarpOutputs % kPiece.outputs;
     w_ = ptx::address_of(shared.w) + fragment_offset<kConfig>(within_piece_, lane_);
-    x_ = static_cast<uint32_t>(kOperand | descriptor_address(ptx::address_of(shared.x)));
+    x_ = static_cast<uint32_t>(descriptor_address(ptx::address_of(shared.x)));
     full_ = ptx::address_of(shared.full);
     const bool speaks = lane_ < kCluster;
     empty_ = speaks ? ptx::at_rank(ptx::address_of(shared.empty), lane_) : 0;
     empty_size_ = speaks ? 8 : 0;
     ptx::keep_in_register(w_);
-    ptx::keep_in_register(x_);
     ptx::keep_in_register(empty_);
     ptx::keep_in_register(empty_size_);
   }
@@ -74,16 +79,19 @@ class Multiply {
         for (float& sum : group) sum = 0;
       }
       stage_ = -1;
+      int last = -1;  // stage of the items so far
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
-        Item mine = item_of(!kConfig.flexible || from + lane_ < items_ ? next_ : 0);
+        uint32_t word = !kConfig.flexible || from + lane_ < items_ ? next_ : 0;
         next_ = __ldg(list_ + from + 32);
         int count = min(32, items_ - from);
-        if constexpr (kSharesList) count = pick(mine);
-        if (count == 0) continue;
+        if constexpr (kSharesList) count = pick(word);
+        if (kSharesList && count == 0) continue;
+        const Item mine = item_of(word, count, last);
 #pragma unroll
         for (int u = 0; u < 2; ++u) read_batch(ready[u].items, mine, u * kBatch);
-        prepare(ready[0]);
+        is_there_ = false;
+        prepare(ready[0], ready[1]);
 #pragma unroll 1
         for (int i = 0;;) {
           i += kBatch;
@@ -94,12 +102,12 @@ class Multiply {
             keep(ready[0]);
             break;
           }
-          prepare(ready[1]);
+          prepare(ready[1], ready[0]);
           i += kBatch;
           multiply(ready[1], sums, ready[0]);
           read_batch(ready[1].items, mine, i + kBatch);
           if (i >= count) break;
-          prepare(ready[0]);
+          prepare(ready[0], ready[1]);
         }
       }
       cute::warpgroup_wait<0>();
@@ -107,7 +115,9 @@ class Multiply {
       keep(ready[1]);
       release(held_);
       release(in_use_);
+      held_ = in_use_ = 0;
       skip_to(stages_);
+      stages_before_ = (stages_before_ + stages_) % (2 * kTile.stages);
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
@@ -186,63 +196,84 @@ class Multiply {
     return outputs;
   }
 
-  // A word of the list (strip_walk.h). What it says may be nonsense, but leads nowhere else.
-  __device__ Item item_of(uint32_t word) const {
+  // Words of the list (strip_walk.h), one a lane, `count` of them. What they say may be nonsense,
+  // but leads nowhere else, and never back to an earlier stage. `last`: the stage of the items so
+  // far.
+  __device__ __forceinline__ Item item_of(uint32_t word, int count, int& last) const {
     const uint32_t rows = word >> kItemRows & ((1u << Size::kGroupRows) - 1);
     const uint32_t depth = (word >> kItemColumn) * kPiece.depth;
     uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
     if (slot >= Size::kRing) slot -= Size::kRing;
     slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
-    const uint32_t stage = depth / kStageDepth - static_cast<uint32_t>(first_stage_);
-    return {min(stage, static_cast<uint32_t>(stages_ - 1)) |
-            depth % kStageDepth / 8 << Item::kWithin | (word >> kItemGroup & 1) << Item::kGroup |
-            uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
+
+    const uint32_t listed = depth / kStageDepth - static_cast<uint32_t>(first_stage_);
+    int stage = rows == 0 ? 0 : static_cast<int>(min(listed, static_cast<uint32_t>(stages_ - 1)));
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int earlier = __shfl_up_sync(kAllLanes, stage, d);
+      if (lane_ >= d) stage = max(stage, earlier);
+    }
+    stage = max(stage, last);
+    int before = __shfl_up_sync(kAllLanes, stage, kBatch);
+    if (lane_ < kBatch) before = last;
+    last = __shfl_sync(kAllLanes, stage, count - 1);
+
+    Item item;
+    const uint32_t counted = stages_before_ + stage, at = counted % kTile.stages;
+    item.when = stage | at << 16 | (counted / kTile.stages & 1) << 19;
+    item.what = (x_ + at * (kTile.stage_bytes() / 16) + depth % kStageDepth / 8) << Item::kX |
+                slot * Size::kPieceBytes | (stage > before ? Item::kArrives : 0) |
+                (stage > before + 1 ? Item::kSkips : 0) | (rows == 0 ? Item::kNone : 0) |
+                (word >> kItemGroup & 1 ? Item::kSecondGroup : 0);
+    return item;
   }
 
-  // Of the items that the lanes have, those of this warpgroup's group, in the first lanes; returns
-  // how many there are. It is the only group then, but a branch on it must stay, or ptxas
-  // serialises (C7513).
-  __device__ int pick(Item& item) {
-    constexpr uint32_t kGroupBit = 1u << Item::kGroup;
-    const int group = warpgroup_ * kGroups % kTile.list_groups;
-    const bool picked = !item.none() && item.group() == group;
+  // Of the words that the lanes have, those of this warpgroup's group, in the first lanes; returns
+  // how many there are. It is the only group then.
+  __device__ int pick(uint32_t& word) {
+    const uint32_t group = warpgroup_ * kGroups % kTile.list_groups;
+    const bool picked = (word >> kItemRows & ((1u << Size::kGroupRows) - 1)) != 0 &&
+                        (word >> kItemGroup & 1) == group;
     const uint32_t lanes = __ballot_sync(kAllLanes, picked);
     uint32_t* words = shared_.picked[threadIdx.x / 32];
-    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = item.bits & ~kGroupBit;
+    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = word & ~(1u << kItemGroup);
     __syncwarp();
     const int count = __popc(lanes);
-    item.bits = lane_ < count ? words[lane_] : 1u << Item::kNone;
+    word = lane_ < count ? words[lane_] : 0;
     __syncwarp();
     return count;
   }
 
   __device__ static void read_batch(Item (&items)[kBatch], const Item& mine, int lane) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) items[i].bits = __shfl_sync(kAllLanes, mine.bits, lane + i);
+    for (int i = 0; i < kBatch; ++i) {
+      items[i].what = __shfl_sync(kAllLanes, mine.what, lane + i);
+      if (i == 0) items[i].when = __shfl_sync(kAllLanes, mine.when, lane + i);
+    }
   }
 
   // What a batch needs: its stage, and its fragments on their way. The batch before it is under way,
-  // so a stage that it ends is held until that one is done.
-  __device__ __forceinline__ void prepare(Ready& batch) {
-    if (batch.items[0].stage() > stage_) arrive_at(batch.items[0].stage());
+  // so a stage that it ends is held until that one is done. While the fragments come, a look at the
+  // stage of the batch after it.
+  __device__ __forceinline__ void prepare(Ready& batch, const Ready& after) {
+    if (batch.items[0].is(Item::kArrives)) arrive_at(batch.items[0]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const uint32_t piece = in_slot<kConfig>(w_, batch.items[i].slot());
-      batch.x[i] = x_stage_ + batch.items[i].within();
+      const uint32_t piece = at_piece<kConfig>(w_, batch.items[i].piece());
 #pragma unroll
       for (int step = 0; step < Size::kPieceSteps; ++step) {
         ptx::load_matrices<kPiece.transposed>(batch.fragments[i][step],
                                               at_step<kConfig>(piece, step));
       }
     }
-    look_ahead();  // while the fragments come
+    is_there_ = ptx::is_over_now(full_ + after.items[0].slot() * 8, after.items[0].lap());
   }
 
   // Starts the products of a batch, and waits for those of the batch before it.
   __device__ __forceinline__ void multiply(const Ready& batch, Sums (&sums)[kGroups],
                                            const Ready& before) {
     multiply_item(batch, 0, sums);
-    if (kBatch == 2 && !batch.items[kBatch - 1].none()) {
+    if (kBatch == 2 && !batch.items[kBatch - 1].is(Item::kNone)) {
       multiply_item(batch, kBatch - 1, sums);
       cute::warpgroup_wait<2>();
     } else {
@@ -256,10 +287,11 @@ class Multiply {
   __device__ __forceinline__ static void multiply_item(const Ready& batch, int i,
                                                        Sums (&sums)[kGroups]) {
     static_assert(kGroups <= 2 && kBatch <= 2);
-    if (kGroups == 1 || batch.items[i].group() == 0) {
-      multiply_group(sums[0], batch.fragments[i], batch.x[i]);
+    const uint32_t x = static_cast<uint32_t>(kOperand) + batch.items[i].x();
+    if (kGroups == 1 || !batch.items[i].is(Item::kSecondGroup)) {
+      multiply_group(sums[0], batch.fragments[i], x);
     } else {
-      multiply_group(sums[kGroups - 1], batch.fragments[i], batch.x[i]);
+      multiply_group(sums[kGroups - 1], batch.fragments[i], x);
     }
   }
 
@@ -275,46 +307,40 @@ class Multiply {
     cute::warpgroup_commit_batch();
   }
 
-  // Makes `stage`, a later one, the one in use. Nothing is needed of those between.
-  __device__ __forceinline__ void arrive_at(int stage) {
+  // Makes an item's stage, a later one, the one in use. Nothing is needed of those between.
+  __device__ __forceinline__ void arrive_at(const Item& item) {
     held_ = in_use_;
-#pragma unroll 1
-    while (++stage_ < stage) {
-      wait_for_next();
-      release(in_use_);
+    const bool skips = item.is(Item::kSkips);  // what was seen may have been of an earlier lap
+    if (skips || !is_there_) {
+      if (skips) skip_to(item.stage());
+      wait_for(item.slot(), item.lap());
     }
-    wait_for_next();
-    x_stage_ = x_ + slot_ * (kTile.stage_bytes() / 16);
+    stage_ = item.stage();
+    in_use_ = barrier_of(item.slot());
   }
 
-  // Releases all stages before `stage`: nothing is needed of them.
+  // Releases all stages before `stage` that were not in use: nothing is needed of them.
   __device__ void skip_to(int stage) {
 #pragma unroll 1
-    while (++stage_ < stage) {
-      wait_for_next();
-      release(in_use_);
+    for (++stage_; stage_ < stage; ++stage_) {
+      const uint32_t counted = stages_before_ + stage_, slot = counted % kTile.stages;
+      wait_for(slot, counted / kTile.stages & 1);
+      release(barrier_of(slot));
     }
-    in_use_ = 0;
   }
 
   // A stage is not held while waiting: its pieces may be where those of the next one go.
-  __device__ __forceinline__ void wait_for_next() {
-    const uint32_t barrier = full_ + at_.slot * 8;
-    if (!is_there_ && !ptx::is_over(barrier, at_.lap)) {
-      cute::warpgroup_wait<0>();
-      release(held_);
-      held_ = 0;
-      ptx::wait(barrier, at_.lap);
-    }
-    slot_ = at_.slot;
-    in_use_ = empty_ + slot_ * empty_size_;
-    at_.advance();
-    is_there_ = false;
+  __device__ __forceinline__ void wait_for(uint32_t slot, uint32_t lap) {
+    const uint32_t barrier = full_ + slot * 8;
+    if (ptx::is_over(barrier, lap)) return;
+    cute::warpgroup_wait<0>();
+    release(held_);
+    held_ = 0;
+    ptx::wait(barrier, lap);
   }
 
-  __device__ __forceinline__ void look_ahead() {
-    is_there_ = ptx::is_over_now(full_ + at_.slot * 8, at_.lap);
-  }
+  // The one that this lane tells that a slot is free; 0: it tells no one.
+  __device__ uint32_t barrier_of(uint32_t slot) const { return empty_ + slot * empty_size_; }
 
   // Lane i tells CTA i of the cluster that this warp is done with a stage; the others have 0.
   __device__ __forceinline__ static void release(uint32_t stage) {
@@ -381,7 +407,7 @@ class Multiply {
   int row_;           // of the group's rows, this warp's
   int within_piece_;  // its first output there
   uint32_t w_;        // of the row of a piece in slot 0 that this lane names to ldmatrix
-  uint32_t x_;        // low word of the descriptor of stage 0
+  uint32_t x_;        // where stage 0 is, as a descriptor has it
   uint32_t full_;     // the barriers
   uint32_t empty_;    // of the CTA that this lane tells; 0: it tells none
   uint32_t empty_size_;
@@ -404,11 +430,9 @@ class Multiply {
   int stages_ = 0;     // of the task
   int first_stage_ = 0;
 
-  Cursor<kTile.stages> at_;   // the next stage to wait for
-  bool is_there_ = false;     // it was, when it was looked at
-  int stage_ = -1;            // in use
-  uint32_t slot_ = 0;         // where it is
-  uint32_t x_stage_ = 0;      // low word of its descriptor
+  uint32_t stages_before_ = 0;  // of earlier tasks, in two laps around the slots
+  bool is_there_ = false;       // the stage that comes next was, when it was looked at
+  int stage_ = -1;              // in use
   // Barriers of the stage in use, and of the one before it while it is still to be released; 0:
   // none, or this lane tells no one.
   uint32_t in_use_ = 0;
