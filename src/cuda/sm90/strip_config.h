@@ -134,8 +134,10 @@ struct Sizes {
   static constexpr int kLineRows = kLineBytes / kRowBytes;
   static constexpr int kStagingBytes = kStoreTokens * kPiece.outputs * 2;
   // A consumer holds one stage while it waits for the next.
-  static_assert(kTile.warpgroups * kTile.consumer_registers + kTile.producer_registers <= 512,
-                "65536 registers");
+  // What a CTA is started with is all that its warps can share, or they wait forever.
+  static constexpr int kRegisters = 65536 / kTile.threads() / 8 * 8;  // of a thread
+  static_assert(kTile.warpgroups * kTile.consumer_registers + kTile.producer_registers <=
+                (kTile.warpgroups + 1) * kRegisters);
   static_assert(kTile.tokens / kCluster % 8 == 0, "the swizzle of x repeats after 8 tokens");
   static_assert(kStagePieces <= 64, "a lane fetches two pieces of a stage");
   static_assert(kRing > 2 * kStagePieces && kRing < 256);

@@ -91,31 +91,32 @@ class Multiply {
 #pragma unroll
         for (int u = 0; u < 2; ++u) read_batch(ready[u].items, mine, u * kBatch);
         is_there_ = false;
-        prepare(ready[0], ready[1]);
+        prepare(ready[0]);
+        look_for(ready[1]);
 #pragma unroll 1
-        for (int i = 0;;) {
-          i += kBatch;
+        for (int i = kBatch;; i += kBatch) {
           multiply(ready[0], sums, ready[1]);
-          read_batch(ready[0].items, mine, i + kBatch);
           if (i >= count) {  // the next one is to be ready[0] again
             cute::warpgroup_wait<0>();
             keep(ready[0]);
             break;
           }
-          prepare(ready[1], ready[0]);
+          prepare(ready[1]);
           i += kBatch;
+          read_batch(ready[0].items, mine, i);
+          look_for(ready[0]);
           multiply(ready[1], sums, ready[0]);
-          read_batch(ready[1].items, mine, i + kBatch);
           if (i >= count) break;
-          prepare(ready[0], ready[1]);
+          prepare(ready[0]);
+          read_batch(ready[1].items, mine, i + kBatch);
+          look_for(ready[1]);
         }
       }
       cute::warpgroup_wait<0>();
       keep(ready[0]);
       keep(ready[1]);
-      release(held_);
       release(in_use_);
-      held_ = in_use_ = 0;
+      in_use_ = 0;
       skip_to(stages_);
       stages_before_ = (stages_before_ + stages_) % (2 * kTile.stages);
       settled(sums);
@@ -253,9 +254,8 @@ class Multiply {
   }
 
   // What a batch needs: its stage, and its fragments on their way. The batch before it is under way,
-  // so a stage that it ends is held until that one is done. While the fragments come, a look at the
-  // stage of the batch after it.
-  __device__ __forceinline__ void prepare(Ready& batch, const Ready& after) {
+  // so a stage that it ends is held until that one is done.
+  __device__ __forceinline__ void prepare(Ready& batch) {
     if (batch.items[0].is(Item::kArrives)) arrive_at(batch.items[0]);
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -266,7 +266,12 @@ class Multiply {
                                               at_step<kConfig>(piece, step));
       }
     }
-    is_there_ = ptx::is_over_now(full_ + after.items[0].slot() * 8, after.items[0].lap());
+  }
+
+  // Whether the stage of the batch that comes next is there: asked while fragments are on their way,
+  // since the answer takes as long.
+  __device__ __forceinline__ void look_for(const Ready& batch) {
+    is_there_ = ptx::is_over(full_ + batch.items[0].slot() * 8, batch.items[0].lap());
   }
 
   // Starts the products of a batch, and waits for those of the batch before it.
@@ -307,36 +312,30 @@ class Multiply {
     cute::warpgroup_commit_batch();
   }
 
-  // Makes an item's stage, a later one, the one in use. Nothing is needed of those between.
+  // Makes an item's stage, a later one, the one in use. The one before is held until the batch that
+  // is under way is done, but never while waiting: what comes next may go where its pieces are.
   __device__ __forceinline__ void arrive_at(const Item& item) {
-    held_ = in_use_;
     const bool skips = item.is(Item::kSkips);  // what was seen may have been of an earlier lap
-    if (skips || !is_there_) {
+    if (!skips && (is_there_ || ptx::is_over(full_ + item.slot() * 8, item.lap()))) {
+      held_ = in_use_;
+    } else {
+      cute::warpgroup_wait<0>();
+      release(in_use_);
       if (skips) skip_to(item.stage());
-      wait_for(item.slot(), item.lap());
+      ptx::wait(full_ + item.slot() * 8, item.lap());
     }
     stage_ = item.stage();
     in_use_ = barrier_of(item.slot());
   }
 
-  // Releases all stages before `stage` that were not in use: nothing is needed of them.
+  // Releases the stages after the one in use that come before `stage`: nothing is needed of them.
   __device__ void skip_to(int stage) {
 #pragma unroll 1
     for (++stage_; stage_ < stage; ++stage_) {
       const uint32_t counted = stages_before_ + stage_, slot = counted % kTile.stages;
-      wait_for(slot, counted / kTile.stages & 1);
+      ptx::wait(full_ + slot * 8, counted / kTile.stages & 1);
       release(barrier_of(slot));
     }
-  }
-
-  // A stage is not held while waiting: its pieces may be where those of the next one go.
-  __device__ __forceinline__ void wait_for(uint32_t slot, uint32_t lap) {
-    const uint32_t barrier = full_ + slot * 8;
-    if (ptx::is_over(barrier, lap)) return;
-    cute::warpgroup_wait<0>();
-    release(held_);
-    held_ = 0;
-    ptx::wait(barrier, lap);
   }
 
   // The one that this lane tells that a slot is free; 0: it tells no one.
