@@ -23,6 +23,7 @@ include(cmake/cutlass.cmake)
 
 add_library(block_sparse_cuda STATIC
   ${BLOCK_SPARSE_CORE_SOURCES}
+  src/cuda/dots.cu
   src/cuda/index.cu
   src/cuda/dense/dense.cu
   src/cuda/skinny/skinny.cu
@@ -37,6 +38,7 @@ add_library(block_sparse_cuda STATIC
   src/cuda/tiled/tiled_f16.cu
   src/cuda/tiled/tiled_f32.cu
   src/cuda/tiled/tiled_f64.cu
+  src/cuda/zero.cu
 )
 target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 

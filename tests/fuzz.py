@@ -50,7 +50,7 @@ class Arena:
         return held.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-ARENAS = [Arena() for _ in range(6)]
+ARENAS = [Arena() for _ in range(8)]
 
 
 def corrupt_entries(rng, tensor):
@@ -111,6 +111,10 @@ def mutate(rng, argument):
         if argument.is_meta or argument.layout != torch.strided:
             return argument  # is corrupt already
         return rng.choice(TENSOR_MUTATIONS)(rng, argument)
+    if isinstance(argument, list) and argument:
+        position = rng.randrange(len(argument))
+        corrupt = [*argument[:position], mutate(rng, argument[position]), *argument[position + 1 :]]
+        return rng.choice([corrupt, corrupt, corrupt, argument[1:], argument + argument[:1]])
     if isinstance(argument, bool):
         return rng.choice([None, "text", 2, -1, not argument])
     if isinstance(argument, int):
@@ -118,6 +122,20 @@ def mutate(rng, argument):
         near = argument + rng.choice([-1, 1, 4, -4]) if abs(argument) < 2**20 else 3
         return rng.choice([*HUGE, *HUGE, near, near, 1.5, "text", None, torch.ones(2), True])
     return rng.choice([None, "text", 1.5, torch.ones(3), -1])
+
+
+def held(arenas, argument):
+    """The same, but tensors end where the memory does."""
+    if isinstance(argument, list):
+        return [held(arenas, item) for item in argument]
+    if (
+        isinstance(argument, torch.Tensor)
+        and argument.device.type == "cpu"
+        and argument.layout == torch.strided
+        and argument.is_contiguous()
+    ):
+        return next(arenas).hold(argument)
+    return argument
 
 
 def valid_call(rng):
@@ -149,6 +167,7 @@ def valid_call(rng):
 
         return compare
 
+    some = torch.randperm(pattern.nnz)[: rng.randrange(pattern.nnz + 1)]
     blocks = torch.stack([pattern.row_indices, pattern.col_indices], 1).long()
     return rng.choice(
         [
@@ -196,6 +215,7 @@ def valid_call(rng):
             ("index_random", [rows, cols, rng.randrange(rows * cols + 1), 5, True], None),
             ("index_banded", [rows, cols, rng.randrange(4)], None),
             ("explain", [values, "grad_input", 5, *shape, True], None),
+            ("zero_blocks_", [[values, x[None, None].flatten(2)], [some, some[:0]]], None),
         ]
     )
 
@@ -237,15 +257,7 @@ def main(cases, seed):
             if rng.random() < 0.02:
                 args = args[: rng.randrange(len(args))]
         arenas = iter(ARENAS)
-        args = [
-            next(arenas).hold(arg)
-            if isinstance(arg, torch.Tensor)
-            and arg.device.type == "cpu"
-            and arg.layout == torch.strided
-            and arg.is_contiguous()
-            else arg
-            for arg in args
-        ]
+        args = [held(arenas, arg) for arg in args]
         try:
             result = getattr(namespace, op)(*args)
         except CLEAN as error:

@@ -50,6 +50,7 @@ def test_fuzz_of_all_ops(seed):
         "index_random",
         "index_banded",
         "explain",
+        "zero_blocks_",
     ):
         assert counts[f"refused {op}"] > 100
 

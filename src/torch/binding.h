@@ -9,9 +9,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "block_sparse/product.h"
+#include "blocks_to_zero.h"
 
 namespace block_sparse::binding {
 
@@ -32,6 +35,8 @@ struct Device {
   static int64_t walks_size(GridShape grid, BlockShape block);
   static void attach_walks(PatternView& pattern, BlockShape block, const int32_t* walks);
   static void build_walks(const PatternView& pattern, BlockShape block, int32_t* walks);
+  // On the device of `like`. Entries that name no block: an error, or skipped on a GPU.
+  static void zero_blocks(std::span<const BlocksToZero> tensors, const Tensor& like);
 };
 
 // The ops, with their schemas in cpu.cpp.
@@ -48,6 +53,7 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
                    int64_t block_out, int64_t block_in);
 Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, int64_t nnz,
                   int64_t block_out, int64_t block_in);
+void zero_blocks(const std::vector<Tensor>& values, const std::vector<Tensor>& blocks);
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
                     int64_t in_features, bool bias, bool packed,
                     const std::optional<Tensor>& input);

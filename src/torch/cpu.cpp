@@ -1,4 +1,6 @@
 // The library _C: the schemas of all ops, and their CPU side.
+#include <cstring>
+
 #include "binding.h"
 #include "block_sparse/check.h"
 #include "block_sparse/packed.h"
@@ -26,6 +28,21 @@ void Device::attach_walks(PatternView&, BlockShape, const int32_t*) {}
 void Device::build_walks(const PatternView&, BlockShape, int32_t*) {}
 
 void Device::check_index(const PatternView& pattern) { check_bounds(pattern); }
+
+void Device::zero_blocks(std::span<const BlocksToZero> tensors, const Tensor&) {
+  for (const BlocksToZero& tensor : tensors) {
+    for (const int64_t block : std::span(tensor.blocks, static_cast<size_t>(tensor.count))) {
+      check(block >= 0 && block < tensor.nnz, "blocks: there is no block ", block, " in ",
+            tensor.nnz, " of them");
+    }
+  }
+  for (const BlocksToZero& tensor : tensors) {
+    for (const int64_t block : std::span(tensor.blocks, static_cast<size_t>(tensor.count))) {
+      std::memset(static_cast<char*>(tensor.values) + block * tensor.block_bytes, 0,
+                  static_cast<size_t>(tensor.block_bytes));
+    }
+  }
+}
 
 namespace {
 
@@ -128,6 +145,12 @@ STABLE_TORCH_LIBRARY(block_sparse, m) {
       "SymInt out_features) -> Tensor");
   m.def("pack(Tensor values) -> Tensor");
   m.def("unpack(Tensor packed, SymInt block_out, SymInt block_in) -> Tensor");
+  // Sets these blocks of each tensor to zero; values of any dtype, blocks int64.
+  m.def("zero_blocks_(Tensor(a!)[] values, Tensor[] blocks) -> ()");
+  // Sums of values * others over each block, of all tensors, one after the other. For `blocks` of
+  // each, `instead` is taken for the values. On a GPU only.
+  m.def(
+      "block_dots(Tensor[] values, Tensor[] others, Tensor[] blocks, Tensor[] instead) -> Tensor");
   // Which kernel would run, and why: for people. Where values are int8, `input` has the dtype of
   // the rest.
   m.def(
@@ -154,6 +177,7 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CPU, m) {
   m.impl("forward_int8", TORCH_BOX(&binding::forward_int8));
   m.impl("pack", TORCH_BOX(&binding::pack));
   m.impl("unpack", TORCH_BOX(&binding::unpack));
+  m.impl("zero_blocks_", TORCH_BOX(&binding::zero_blocks));
   m.impl("explain", TORCH_BOX(&binding::explain));
   m.impl("index_from_bsr", TORCH_BOX(&binding::index_from_bsr));
   m.impl("with_walks", TORCH_BOX(&binding::with_walks));

@@ -8,8 +8,10 @@
 
 #include "binding.h"
 #include "block_sparse/check.h"
+#include "cuda/dots.h"
 #include "cuda/index.h"
 #include "cuda/sm90/walks.h"
+#include "cuda/zero.h"
 
 namespace block_sparse::binding {
 namespace {
@@ -112,6 +114,12 @@ void Device::build_walks(const PatternView& pattern, BlockShape block, int32_t* 
                           current_stream(torch::stable::accelerator::getCurrentDeviceIndex()));
 }
 
+void Device::zero_blocks(std::span<const BlocksToZero> tensors, const Tensor& like) {
+  check(like.is_cuda(), "values: are not on a GPU, but another tensor is");
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  cuda::zero_blocks(tensors, current_stream(like.get_device_index()));
+}
+
 namespace {
 
 // Runs an op with the device of its first argument current: streams and launches belong to a
@@ -150,6 +158,62 @@ Tensor index_from_bsr(const Tensor& crow_indices, const Tensor& col_indices, int
   return index;
 }
 
+// Sums of values * others, of all blocks of all tensors; `instead` stands for the values of
+// `blocks`.
+Tensor block_dots(const std::vector<Tensor>& values, const std::vector<Tensor>& others,
+                  const std::vector<Tensor>& blocks, const std::vector<Tensor>& instead) {
+  const size_t number = values.size();
+  check(
+      number > 0 && others.size() == number && blocks.size() == number && instead.size() == number,
+      "values, others, blocks, instead: have ", number, ", ", others.size(), ", ", blocks.size(),
+      " and ", instead.size(), " tensors; there must be equally many, and one at least");
+  const Tensor& first = values[0];
+  check(first.is_cuda(), "values: are not on a GPU, but another tensor is");
+  const Dtype dtype = dtype_of("values", first);
+  const auto check_blocks = [&](const char* name, const Tensor& tensor, const Tensor& like,
+                                int64_t nnz) {
+    check(tensor.scalar_type() == first.scalar_type() && tensor.dim() == 3 &&
+              tensor.is_contiguous() && tensor.size(0) == nnz && tensor.size(1) == like.size(1) &&
+              tensor.size(2) == like.size(2),
+          name, ": must be contiguous, of one dtype and of the shape of the values, got ",
+          describe(tensor), " for ", describe(like));
+    check_same_device(name, tensor, "the first of the values", first);
+  };
+  int64_t total = 0;
+  for (size_t i = 0; i < number; ++i) {
+    check(values[i].dim() == 3, "values: must be [nnz, block_out, block_in], got ",
+          describe(values[i]));
+    check_blocks("values", values[i], values[i], values[i].size(0));
+    check_blocks("others", others[i], values[i], values[i].size(0));
+    check(blocks[i].dim() == 1 && blocks[i].is_contiguous() &&
+              blocks[i].scalar_type() == torch::headeronly::ScalarType::Long,
+          "blocks: must be contiguous int64 [n], got ", describe(blocks[i]));
+    check_same_device("blocks", blocks[i], "values", first);
+    check_blocks("instead", instead[i], values[i], blocks[i].numel());
+    total += values[i].size(0);
+  }
+  const auto summed = dtype == Dtype::f64 ? torch::headeronly::ScalarType::Double
+                                          : torch::headeronly::ScalarType::Float;
+  const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+  Tensor sums = torch::stable::new_empty(first, {total}, summed);
+  auto* to = static_cast<char*>(sums.mutable_data_ptr());
+  std::vector<cuda::BlockDots> all, replaced;
+  for (size_t i = 0; i < number; ++i) {
+    const int64_t nnz = values[i].size(0), count = blocks[i].numel();
+    const int64_t elements = values[i].size(1) * values[i].size(2);
+    const void* other = others[i].const_data_ptr();
+    all.push_back({values[i].const_data_ptr(), other, nullptr, to, nnz, nnz, elements});
+    replaced.push_back({instead[i].const_data_ptr(), other,
+                        static_cast<const int64_t*>(blocks[i].const_data_ptr()), to, count, nnz,
+                        elements});
+    to += nnz * static_cast<int64_t>(sums.element_size());
+  }
+  void* stream = current_stream(first.get_device_index());
+  cuda::block_dots(dtype, all, stream);
+  cuda::block_dots(dtype, replaced, stream);
+  return sums;
+}
+
 }  // namespace
 }  // namespace block_sparse::binding
 
@@ -160,6 +224,8 @@ STABLE_TORCH_LIBRARY_IMPL(block_sparse, CUDA, m) {
   m.impl("forward_int8", TORCH_BOX(&binding::OnDevice<&binding::forward_int8>::call));
   m.impl("grad_input", TORCH_BOX(&binding::OnDevice<&binding::grad_input>::call));
   m.impl("grad_weight", TORCH_BOX(&binding::OnDevice<&binding::grad_weight>::call));
+  m.impl("zero_blocks_", TORCH_BOX(&binding::zero_blocks));
+  m.impl("block_dots", TORCH_BOX(&binding::block_dots));
   m.impl("explain", TORCH_BOX(&binding::OnDevice<&binding::explain>::call));
   m.impl("with_walks", TORCH_BOX(&binding::OnDevice<&binding::with_walks>::call));
   m.impl("index_from_bsr", TORCH_BOX(&binding::OnDevice<&binding::index_from_bsr>::call));

@@ -16,6 +16,9 @@ grad_weight  dW = dyt x at the present blocks     forward(x, G)            grad_
 ``forward_packed`` is ``forward`` for serving on the CPU, without gradients: its values are in the
 order of ``pack``, which ``unpack`` undoes. ``forward_int8`` is ``forward`` for serving, without
 gradients: its values are int8, and each output is multiplied by a float32 scale of its own.
+
+``zero_blocks_`` sets blocks of many tensors to zero, and ``block_dots`` sums products of them, with
+few launches on a GPU; the latter exists there only.
 """
 
 import torch
@@ -25,6 +28,7 @@ from . import _fakes  # noqa: F401  (registers them)
 from ._autocast import autocast_operands
 from ._autograd import EagerLinear
 from ._products import (
+    block_dots,
     forward,
     forward_int8,
     forward_packed,
@@ -32,10 +36,12 @@ from ._products import (
     grad_weight,
     pack,
     unpack,
+    zero_blocks_,
 )
 from ._transforms import GradInput, is_transformed, transformable_linear
 
 __all__ = [
+    "block_dots",
     "forward",
     "forward_int8",
     "forward_packed",
@@ -45,6 +51,7 @@ __all__ = [
     "linear",
     "pack",
     "unpack",
+    "zero_blocks_",
 ]
 
 

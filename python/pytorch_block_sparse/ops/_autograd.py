@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._products import forward, grad_input, grad_weight
+from ._products import forward, grad_input, grad_weight, zero_blocks_
 
 
 def _save(ctx: Any, input: Tensor, values: Tensor, index: Tensor) -> None:
@@ -133,6 +133,17 @@ def _refuse_gradients(name: str, instead: str) -> None:
     torch.library.register_autograd(f"block_sparse::{name}", _no_gradients, setup_context=refuse)
 
 
+def _zero_blocks(values: list[Tensor], blocks: list[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in values):
+        raise RuntimeError("zero_blocks_: has no gradients, but values require one; use no_grad()")
+    with torch._C._AutoDispatchBelowAutograd():
+        zero_blocks_(values, blocks)
+    # As after any write: a backward that has saved the values must not take these for them.
+    torch.autograd.graph.increment_version(values)
+
+
+_autograd_library = torch.library.Library("block_sparse", "IMPL")
+_autograd_library.impl("zero_blocks_", _zero_blocks, "Autograd")
 _refuse_gradients("forward_packed", "unpacked values")
 _refuse_gradients("forward_int8", "dequantized values")
 torch.library.register_autograd("block_sparse::forward", _gradients, setup_context=_forward_context)

@@ -74,6 +74,24 @@ def _unpack_fake(packed: Tensor, block_out: int, block_in: int) -> Tensor:
     return packed.new_empty((packed.shape[0], block_out, block_in))
 
 
+@torch.library.register_fake("block_sparse::zero_blocks_")
+def _zero_blocks_fake(values: list[Tensor], blocks: list[Tensor]) -> None:
+    for tensor in [*values, *blocks]:
+        if tensor.device != values[0].device:
+            raise ValueError(f"values, blocks: are on {values[0].device} and {tensor.device}")
+
+
+@torch.library.register_fake("block_sparse::block_dots")
+def _block_dots_fake(
+    values: list[Tensor], others: list[Tensor], blocks: list[Tensor], instead: list[Tensor]
+) -> Tensor:
+    for tensor in [*values, *others, *blocks, *instead]:
+        if tensor.device != values[0].device:
+            raise ValueError(f"values: are on {values[0].device}, but others on {tensor.device}")
+    dtype = torch.promote_types(values[0].dtype, torch.float32)
+    return values[0].new_empty(sum(tensor.shape[0] for tensor in values), dtype=dtype)
+
+
 @torch.library.register_fake("block_sparse::grad_input")
 def _grad_input_fake(
     grad_output: Tensor, values: Tensor, index: Tensor, in_features: int
@@ -117,6 +135,8 @@ def _index_from_mask_fake(mask: Tensor) -> Tensor:
 
 @torch.library.register_fake("block_sparse::index_from_blocks")
 def _index_from_blocks_fake(blocks: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    if blocks.dim() != 2:
+        raise ValueError(f"blocks: must be [n, 2], got {list(blocks.shape)}")
     size = index_size((block_rows, block_cols), blocks.shape[0])
     return blocks.new_empty(size, dtype=torch.int32)
 

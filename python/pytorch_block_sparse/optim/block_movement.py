@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._progress import progress
 from . import scores
 from .choose import highest
-from .layers import SparseLayer
+from .layers import SparseLayer, sums_of_parts
 from .schedule import Cubic, Every, check_int, share_of
 from .sparsifier import Sparsifier
 
@@ -117,7 +117,9 @@ class BlockMovement(Sparsifier):
         # One tensor for all layers: on a GPU the work on scores is mostly that of starting it.
         blocks = sum(layer.start for layer in self.layers)
         self._score = torch.zeros(blocks, device=self.layers[0].born.device)
-        self._adam = torch.optim.Adam([self._score], lr=score_lr * score_every)
+        self._adam = torch.optim.Adam(
+            [self._score], lr=score_lr * score_every, fused=self._score.is_cuda
+        )
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -139,7 +141,9 @@ class BlockMovement(Sparsifier):
         super().load_state_dict(state)
         parts = list(state["layers"].values())
         adam = {
-            name: item.clone() if name == "step" else self._joined(p["adam"][name] for p in parts)
+            name: item.to(self._score.device, copy=True)
+            if name == "step"
+            else self._joined(part["adam"][name] for part in parts)
             for name, item in parts[0]["adam"].items()
         }
         self._set_score(self._joined(part["score"] for part in parts), adam)
@@ -150,56 +154,73 @@ class BlockMovement(Sparsifier):
         blocks = sum(layer.start for layer in self.layers)
         push = self.penalty * self.tau(self.steps) / self.threshold
         scale = getattr(self.optimizer, "grad_scale", None)  # fused, under a GradScaler
-        slope = self._joined(self._slope(layer) for layer in self.layers)
+        slope = self._slope()
         soft = torch.sigmoid(self._score)
         self._score.grad = push / blocks * soft * (1 - soft)
         self._score.grad += (slope if scale is None else slope / scale).to(self._score.dtype)
         self._adam.step()
 
-    def _slope(self, layer: SparseLayer) -> Tensor:
+    def _slope(self) -> Tensor:
         """dL/dS of each block, but for the penalty's part."""
-        values = layer.module.values
-        if values.grad is None:
-            return torch.zeros(len(values), device=values.device)
-        slope = scores.effect(values, values.grad)
-        if len(layer.dead):  # their weight is aside
-            aside = scores.effect(self._aside[layer.name], values.grad[layer.dead])
-            slope.index_copy_(0, layer.dead, aside)
-        return slope
+        values = [layer.module.values for layer in self.layers]
+        return scores.effects(
+            values,
+            [torch.zeros_like(own) if own.grad is None else own.grad for own in values],
+            [layer.dead for layer in self.layers],
+            [self._aside[layer.name] for layer in self.layers],
+        )
 
     def _after_step(self) -> None:
         self._hold_at_zero()
 
     def _update(self) -> dict[str, int]:
-        changed = [
-            self._mask(layer, score).to(self._score.device)
-            for layer, score in zip(self.layers, self.scores.values(), strict=True)
-        ]
+        # For all layers at once: their number is what launches and waiting for a GPU cost.
+        alive = self._mask()
+        flips = alive != self._joined(layer.alive for layer in self.layers)
+        changed, gone = self._counts(torch.stack([flips, ~alive])).tolist()
+        dead = (~alive).nonzero().squeeze(1).split(gone)
+        start = 0
+        for layer, now, positions in zip(self.layers, self._split(alive), dead, strict=True):
+            values, device = layer.module.values, layer.alive.device
+            values.index_copy_(0, layer.dead, self._aside[layer.name])
+            layer.alive, layer.dead = now.to(device), (positions - start).to(device)
+            self._aside[layer.name] = values.index_select(0, layer.dead)
+            start += len(now)
+        self._hold_at_zero()
         if self.steps == self.schedule.end and self.compact_at_end:
             self.compact()
-        names = [layer.name for layer in self.layers]
-        return dict(zip(names, torch.stack(changed).tolist(), strict=True))
+        return {layer.name: count for layer, count in zip(self.layers, changed, strict=True)}
 
-    def _mask(self, layer: SparseLayer, score: Tensor) -> Tensor:
-        score = self._without_nan(layer, score.to(layer.alive.device))
+    def _mask(self) -> Tensor:
+        """Which blocks of all layers are to be alive."""
+        nan = self._score.isnan()
+        score = self._score.masked_fill(nan, -torch.inf)
         alive = torch.sigmoid(score) > self.tau(self.steps)
-        least = min(len(score), max(1, round(self.floor * layer.cells)))
-        alive.index_fill_(0, highest(score, least), True)
-        changed = (alive != layer.alive).sum()
-        values = layer.module.values
-        values[layer.dead] = self._aside[layer.name]
-        layer.set_alive(alive)
-        self._aside[layer.name] = values[layer.dead]
-        values.index_fill_(0, layer.dead, 0)
-        return changed
+        counts = self._counts(torch.stack([nan, alive]))
+        for layer, count in zip(self.layers, counts[0].unbind(), strict=True):
+            self._nan.append((layer.name, len(layer.alive), count))
+        parts = zip(self._split(alive), self._split(score), strict=True)
+        numbers = counts[1].tolist()
+        for layer, number, (now, part) in zip(self.layers, numbers, parts, strict=True):
+            least = min(len(now), max(1, round(self.floor * layer.cells)))
+            if number < least:  # else the highest are alive as it is
+                now.index_fill_(0, highest(part, least), True)
+        return alive
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
         """Something of each layer, as one tensor."""
         return torch.cat([part.to(self._score.device) for part in parts])
 
     def _by_layer(self, joined: Tensor) -> dict[str, Tensor]:
-        parts = joined.split([len(layer.alive) for layer in self.layers])
-        return {layer.name: part for layer, part in zip(self.layers, parts, strict=True)}
+        parts = zip(self.layers, self._split(joined), strict=True)
+        return {layer.name: part for layer, part in parts}
+
+    def _split(self, joined: Tensor) -> tuple[Tensor, ...]:
+        return joined.split([len(layer.alive) for layer in self.layers])
+
+    def _counts(self, flags: Tensor) -> Tensor:
+        """How many of each layer's are True: ``[..., layers]``."""
+        return sums_of_parts(flags, [len(layer.alive) for layer in self.layers])
 
     def _set_score(self, score: Tensor, state: dict[str, Tensor]) -> None:
         """Puts scores, and what Adam keeps of them, in the place of those that are there."""

@@ -4,12 +4,14 @@ Names lose what DDP, torch.compile and checkpointing put into them, so that they
 every rank and in every run.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..linear import BlockSparseLinear
+from ..ops import zero_blocks_
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -55,6 +57,27 @@ class SparseLayer:
         """Number of blocks of the full grid."""
         rows, cols = self.module.pattern.grid
         return rows * cols
+
+
+def hold_at_zero(layers: list[SparseLayer]) -> None:
+    """Zeroes the blocks that are not alive."""
+    values = [layer.module.values for layer in layers]
+    dead = [layer.dead for layer in layers]
+    device = values[0].device
+    if not any(positions.numel() for positions in dead):
+        return
+    if all(own.is_contiguous() and own.device == device for own in values):
+        zero_blocks_(values, dead)  # on a GPU, a launch for each takes longer than what it does
+        return
+    for own, positions in zip(values, dead, strict=True):
+        own.index_fill_(0, positions, 0)
+
+
+def sums_of_parts(joined: Tensor, sizes: list[int]) -> Tensor:
+    """int64: the sums of parts of `joined`, ``[..., sum(sizes)]``, in as few launches as of one."""
+    ends = torch.tensor([0, *itertools.accumulate(sizes)])
+    sums = nn.functional.pad(joined.cumsum(-1), (1, 0))
+    return sums[..., ends.to(joined.device, non_blocking=True)].diff()
 
 
 def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:

@@ -3,8 +3,12 @@
 Each takes ``[nnz, block_out, block_in]`` and returns ``[nnz]``, in float32 or float64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..ops import block_dots
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -54,6 +58,33 @@ def effect(values: Tensor, gradient: Tensor) -> Tensor:
     if not wide.is_cuda:
         return (wide * slope).sum((1, 2))
     return torch.bmm(wide.flatten(1).unsqueeze(1), slope.flatten(1).unsqueeze(2)).flatten()
+
+
+def effects(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    dead: Sequence[Tensor],
+    aside: Sequence[Tensor],
+) -> Tensor:
+    """:func:`effect` of the blocks of many layers, joined, on the device of the first.
+
+    Args:
+        values, gradients: of each layer.
+        dead: int64, of each layer: positions of the blocks whose weight is not in `values` ...
+        aside: ... but here, ``[len(dead), block_out, block_in]``.
+    """
+    first = values[0]
+    kind = (first.dtype, first.device)
+    if first.is_cuda and all((t.dtype, t.device) == kind for t in [*values, *gradients, *aside]):
+        # A launch or two for all layers: starting them for each takes longer than what they do.
+        dense = ([t.contiguous() for t in tensors] for tensors in (values, gradients))
+        return block_dots(*dense, list(dead), list(aside))
+    sums = []
+    for weight, gradient, positions, kept in zip(values, gradients, dead, aside, strict=True):
+        sums.append(effect(weight, gradient))
+        if len(positions):
+            sums[-1].index_copy_(0, positions, effect(kept, gradient[positions]))
+    return torch.cat([part.to(first.device) for part in sums])
 
 
 def fisher(values: Tensor, gradient: Tensor) -> Tensor:

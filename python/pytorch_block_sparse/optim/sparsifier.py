@@ -15,6 +15,7 @@ The order in a training step, which every method keeps::
 step that a GradScaler skipped nothing happens.
 """
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from .._sharded import refuse_sharded
 from .choose import generator, nan_as_lowest, warn_of_nan
-from .layers import SparseLayer, sparse_layers
+from .layers import SparseLayer, hold_at_zero, sparse_layers, sums_of_parts
 from .schedule import Every
 from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
 
@@ -267,9 +268,7 @@ class Sparsifier:
 
     def _hold_at_zero(self) -> None:
         """Blocks that are not alive stay zero, whatever the optimizer did to them."""
-        for layer in self.layers:
-            if len(layer.dead):
-                layer.module.values.index_fill_(0, layer.dead, 0)
+        hold_at_zero(self.layers)
 
     def _refuse_compaction_under_ddp(self) -> None:
         replicas = (
@@ -297,15 +296,15 @@ class Sparsifier:
         self._nan = []
         changed = self._update()
         # One round trip to the device for all layers.
-        device = self.layers[0].born.device
-        measured = [number.to(device) for layer in self.layers for number in self._measure(layer)]
-        measured += [number.to(device) for _, _, number in self._nan]
-        numbers = torch.stack(measured).tolist()
-        for (name, of, _), nan in zip(self._nan, numbers[3 * len(self.layers) :], strict=True):
+        measured = self._measure()
+        measured += [number.to(measured[0].device)[None] for _, _, number in self._nan]
+        numbers = torch.cat(measured).tolist()
+        number = len(self.layers)
+        for (name, of, _), nan in zip(self._nan, numbers[3 * number :], strict=True):
             warn_of_nan(nan, of, name, stacklevel=4)
         layers = {}
         for i, layer in enumerate(self.layers):
-            born, rows, cols = numbers[3 * i : 3 * i + 3]
+            born, rows, cols = numbers[i : 3 * number : number]
             layers[layer.name] = {
                 "density": layer.alive_count / max(1, layer.cells),
                 "churn": changed.get(layer.name, 0) / max(1, before[i]),
@@ -328,14 +327,26 @@ class Sparsifier:
             )
         return entry
 
-    def _measure(self, layer: SparseLayer) -> list[Tensor]:
-        """int64, of the blocks that are alive: sum of `born`, rows and columns that have any."""
-        pattern, alive = layer.module.pattern, layer.alive
-        rows = torch.zeros(pattern.grid[0], dtype=torch.bool, device=alive.device)
-        cols = torch.zeros(pattern.grid[1], dtype=torch.bool, device=alive.device)
-        rows.index_add_(0, pattern.row_indices, alive)
-        cols.index_add_(0, pattern.col_indices, alive)
-        return [(layer.born * alive).sum(), rows.sum(), cols.sum()]
+    def _measure(self) -> list[Tensor]:
+        """int64, of the blocks of each layer that are alive: sums of `born`, rows, and columns."""
+        device = self.layers[0].born.device
+        patterns = [layer.module.pattern for layer in self.layers]
+        sizes = [pattern.nnz for pattern in patterns]
+        counts = torch.tensor(sizes).to(device, non_blocking=True)
+        alive = torch.cat([layer.alive.to(device) for layer in self.layers])
+        born = torch.cat([layer.born.to(device) for layer in self.layers])
+        measured = [sums_of_parts(born * alive, sizes)]
+        for dim in (0, 1):
+            of = [pattern.col_indices if dim else pattern.row_indices for pattern in patterns]
+            lengths = [pattern.grid[dim] for pattern in patterns]
+            # One row of flags for all layers, where each has its own part.
+            starts = torch.tensor([0, *itertools.accumulate(lengths)])[:-1]
+            starts = starts.to(device, non_blocking=True)
+            own = starts.repeat_interleave(counts, output_size=len(alive))
+            own += torch.cat([indices.to(device) for indices in of])
+            seen = torch.zeros(sum(lengths), dtype=torch.bool, device=device)
+            measured.append(sums_of_parts(seen.index_add_(0, own, alive), lengths))
+        return measured
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
