@@ -59,8 +59,8 @@ __device__ __forceinline__ uint32_t fragment_offset(int first, int lane) {
   return line * Size::kLineBytes + ((chunk ^ swizzle) << 4);
 }
 
-// The same in another piece of the ring, so many bytes further. The swizzle repeats after 8 lines of
-// 128 bytes; half as many make a piece of 512.
+// The same in another piece of the ring, so many bytes further. The swizzle repeats after 8 lines
+// of 128 bytes; half as many make a piece of 512.
 template <Config kConfig>
 __device__ __forceinline__ uint32_t at_piece(uint32_t fragment, uint32_t bytes) {
   const uint32_t there = fragment + bytes;

@@ -4,29 +4,11 @@
 #pragma once
 
 #include "cuda/sm90/strip_fragment.cuh"
+#include "cuda/sm90/strip_item.cuh"
 #include "cuda/sm90/strip_params.cuh"
 #include "cuda/sm90/strip_store.cuh"
 
 namespace block_sparse::cuda::sm90::strips {
-
-// An item as the warps of one row of pieces see it, with all that can be known of it beforehand: a
-// warp is as fast as the chain of instructions from one item to the next is short.
-struct Item {
-  static constexpr uint32_t kSecondGroup = 1, kNone = 2, kArrives = 4, kSkips = 8;
-  static constexpr int kX = 18;  // 14 bits
-  // What is to be done: flags; where the piece is, in bytes from slot 0 on; where x is, as a
-  // descriptor has it.
-  uint32_t what = kNone;
-  // The stage it needs, counted from the task's first one (16 bits); its slot (3); its lap (1).
-  uint32_t when = 0;
-
-  __device__ bool is(uint32_t flag) const { return (what & flag) != 0; }
-  __device__ uint32_t piece() const { return what & ((1u << kX) - 16); }
-  __device__ uint32_t x() const { return what >> kX; }
-  __device__ int stage() const { return when & 0xffff; }
-  __device__ uint32_t slot() const { return when >> 16 & 7; }
-  __device__ uint32_t lap() const { return when >> 19; }
-};
 
 template <Config kConfig>
 class Multiply {
@@ -36,6 +18,7 @@ class Multiply {
   static constexpr Tile kTile = kConfig.tile;
   static constexpr int kGroups = kTile.groups;
   static constexpr bool kSharesList = kTile.list_groups > kGroups;
+  static_assert(!kSharesList || kGroups == 1);
   using Sums = float[kTile.tokens / 2];  // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
@@ -85,9 +68,13 @@ class Multiply {
         uint32_t word = !kConfig.flexible || from + lane_ < items_ ? next_ : 0;
         next_ = __ldg(list_ + from + 32);
         int count = min(32, items_ - from);
-        if constexpr (kSharesList) count = pick(word);
-        if (kSharesList && count == 0) continue;
-        const Item mine = item_of(word, count, last);
+        if constexpr (kSharesList) {
+          count =
+              pick<kConfig>(word, warpgroup_ % kTile.list_groups, shared_.picked[threadIdx.x / 32]);
+          if (count == 0) continue;
+        }
+        const Item mine =
+            item_of<kConfig>(word, count, last, {row_, x_, first_stage_, stages_, stages_before_});
 #pragma unroll
         for (int u = 0; u < 2; ++u) read_batch(ready[u].items, mine, u * kBatch);
         is_there_ = false;
@@ -138,7 +125,8 @@ class Multiply {
 
   __device__ static int list_of(int warpgroup) { return warpgroup * kGroups / kTile.list_groups; }
 
-  // Where the results go: first token, first output of each group's piece; or, of a part, its number.
+  // Where the results go: first token, first output of each group's piece; or, of a part, its
+  // number.
   struct Outputs {
     int token;
     int first[kGroups];
@@ -197,54 +185,6 @@ class Multiply {
     return outputs;
   }
 
-  // Words of the list (strip_walk.h), one a lane, `count` of them. What they say may be nonsense,
-  // but leads nowhere else, and never back to an earlier stage. `last`: the stage of the items so
-  // far.
-  __device__ __forceinline__ Item item_of(uint32_t word, int count, int& last) const {
-    const uint32_t rows = word >> kItemRows & ((1u << Size::kGroupRows) - 1);
-    const uint32_t depth = (word >> kItemColumn) * kPiece.depth;
-    uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
-    if (slot >= Size::kRing) slot -= Size::kRing;
-    slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
-
-    const uint32_t listed = depth / kStageDepth - static_cast<uint32_t>(first_stage_);
-    int stage = rows == 0 ? 0 : static_cast<int>(min(listed, static_cast<uint32_t>(stages_ - 1)));
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int earlier = __shfl_up_sync(kAllLanes, stage, d);
-      if (lane_ >= d) stage = max(stage, earlier);
-    }
-    stage = max(stage, last);
-    int before = __shfl_up_sync(kAllLanes, stage, kBatch);
-    if (lane_ < kBatch) before = last;
-    last = __shfl_sync(kAllLanes, stage, count - 1);
-
-    Item item;
-    const uint32_t counted = stages_before_ + stage, at = counted % kTile.stages;
-    item.when = stage | at << 16 | (counted / kTile.stages & 1) << 19;
-    item.what = (x_ + at * (kTile.stage_bytes() / 16) + depth % kStageDepth / 8) << Item::kX |
-                slot * Size::kPieceBytes | (stage > before ? Item::kArrives : 0) |
-                (stage > before + 1 ? Item::kSkips : 0) | (rows == 0 ? Item::kNone : 0) |
-                (word >> kItemGroup & 1 ? Item::kSecondGroup : 0);
-    return item;
-  }
-
-  // Of the words that the lanes have, those of this warpgroup's group, in the first lanes; returns
-  // how many there are. It is the only group then.
-  __device__ int pick(uint32_t& word) {
-    const uint32_t group = warpgroup_ * kGroups % kTile.list_groups;
-    const bool picked = (word >> kItemRows & ((1u << Size::kGroupRows) - 1)) != 0 &&
-                        (word >> kItemGroup & 1) == group;
-    const uint32_t lanes = __ballot_sync(kAllLanes, picked);
-    uint32_t* words = shared_.picked[threadIdx.x / 32];
-    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = word & ~(1u << kItemGroup);
-    __syncwarp();
-    const int count = __popc(lanes);
-    word = lane_ < count ? words[lane_] : 0;
-    __syncwarp();
-    return count;
-  }
-
   __device__ static void read_batch(Item (&items)[kBatch], const Item& mine, int lane) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -253,8 +193,8 @@ class Multiply {
     }
   }
 
-  // What a batch needs: its stage, and its fragments on their way. The batch before it is under way,
-  // so a stage that it ends is held until that one is done.
+  // What a batch needs: its stage, and its fragments on their way. The batch before it is under
+  // way, so a stage that it ends is held until that one is done.
   __device__ __forceinline__ void prepare(Ready& batch) {
     if (batch.items[0].is(Item::kArrives)) arrive_at(batch.items[0]);
 #pragma unroll
@@ -268,8 +208,8 @@ class Multiply {
     }
   }
 
-  // Whether the stage of the batch that comes next is there: asked while fragments are on their way,
-  // since the answer takes as long.
+  // Whether the stage of the batch that comes next is there: asked while fragments are on their
+  // way, since the answer takes as long.
   __device__ __forceinline__ void look_for(const Ready& batch) {
     is_there_ = ptx::is_over(full_ + batch.items[0].slot() * 8, batch.items[0].lap());
   }
@@ -377,9 +317,10 @@ class Multiply {
     int end = params_.tokens;
     if constexpr (kConfig.flexible) end = min(end, outputs.token + params_.tile_tokens);
     if (outputs.piece >= 0) {
-      const int strip = (warpgroup_ * kGroups + kGroup) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
-      float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
-                                kTile.outputs() / kWarpOutputs, lane_);
+      const int strip =
+          (warpgroup_ * kGroups + kGroup) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
+      float4* to =
+          sums_of_part(params_, outputs.piece, rank_, strip, kTile.outputs() / kWarpOutputs, lane_);
 #pragma unroll
       for (int j = 0; j < kEights; ++j) {
         if (token + j * 8 >= end) break;
@@ -387,8 +328,8 @@ class Multiply {
                make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
       }
     } else {
-      StripStore<kConfig> to(params_, shared_, outputs.first[kGroup],
-                             within_piece_ / kWarpOutputs, token, end, lane_);
+      StripStore<kConfig> to(params_, shared_, outputs.first[kGroup], within_piece_ / kWarpOutputs,
+                             token, end, lane_);
       to.template add_bias<kEights>(of);
 #pragma unroll
       for (int j = 0; j < kEights / 2; ++j) {

@@ -46,7 +46,8 @@ class StripStore {
     if (params.bias == nullptr) return;
     has_bias_ = true;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) bias_[i] = bias_of<T>(params, first + strip * kWarpOutputs, i, lane);
+    for (int i = 0; i < 2; ++i)
+      bias_[i] = bias_of<T>(params, first + strip * kWarpOutputs, i, lane);
   }
 
   // To the sums of kEights times eight tokens. Before they are stored, since most have none.
