@@ -30,20 +30,24 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Whether the phase is over, without waiting.
-__device__ inline bool is_over(uint32_t barrier, uint32_t parity) {
-  uint32_t over;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}"
-      : "=r"(over)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return over != 0;
-}
+// Whether the phase is over: without waiting, or after a short wait.
+#define BLOCK_SPARSE_IS_OVER(name, instruction)                    \
+  __device__ inline bool name(uint32_t barrier, uint32_t parity) { \
+    uint32_t over;                                                 \
+    asm volatile(                                                  \
+        "{\n"                                                      \
+        ".reg .pred done;\n" instruction                           \
+        ".parity.shared::cta.b64 done, [%1], %2;\n"                \
+        "selp.u32 %0, 1, 0, done;\n"                               \
+        "}"                                                        \
+        : "=r"(over)                                               \
+        : "r"(barrier), "r"(parity)                                \
+        : "memory");                                               \
+    return over != 0;                                              \
+  }
+BLOCK_SPARSE_IS_OVER(is_over, "mbarrier.test_wait")
+BLOCK_SPARSE_IS_OVER(is_over_soon, "mbarrier.try_wait")
+#undef BLOCK_SPARSE_IS_OVER
 
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");

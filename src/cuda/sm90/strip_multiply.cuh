@@ -256,7 +256,7 @@ class Multiply {
   // is under way is done, but never while waiting: what comes next may go where its pieces are.
   __device__ __forceinline__ void arrive_at(const Item& item) {
     const bool skips = item.is(Item::kSkips);  // what was seen may have been of an earlier lap
-    if (!skips && (is_there_ || ptx::is_over(full_ + item.slot() * 8, item.lap()))) {
+    if (!skips && (is_there_ || ptx::is_over_soon(full_ + item.slot() * 8, item.lap()))) {
       held_ = in_use_;
     } else {
       cute::warpgroup_wait<0>();
