@@ -4,10 +4,11 @@
 // The units of all blocks, in the order of the outputs, are split evenly: among CTAs, and a CTA's
 // among the warps of each strip. So a row of blocks may end in the middle of a warp's share, and
 // may go on in the next. What a warp has of a row that an earlier warp began, it leaves in shared
-// memory; who began it adds those parts in order. What a CTA has of a row that it did not begin or
-// does not end goes to workspace, for finish.cuh. No atomics: the same bits every run.
+// memory; who began it adds those parts in order. What a CTA has of a row that it does not end goes
+// through workspace to the CTA that does: exchange.cuh. No atomics: the same bits every run.
 #pragma once
 
+#include "cuda/skinny/exchange.cuh"
 #include "cuda/skinny/multiply.cuh"
 #include "cuda/skinny/store.cuh"
 #include "cuda/skinny/stream.cuh"
@@ -27,6 +28,11 @@ struct Shared {
   Ring<C> rings[C::kWarps];
   float4 parts[C::kWarps][C::kSums];
   Link links[C::kWarps];
+  // Of the row that the CTA begins with, where an earlier one began it: whether it ends here; then
+  // which it is, and parts[first warp of a strip] has the sums of this CTA. Or it may go on.
+  bool ends;
+  bool passes;
+  int row;
 };
 
 template <class C>
@@ -49,10 +55,20 @@ class Worker {
   __device__ void run() {
     sums_.clear();
     Link link = Link::empty;
-    if (mine_.begin < mine_.end) link = multiply();
+    if (mine_.begin < mine_.end) {
+      link = multiply();
+    } else {
+      store_empty_rows<C>(params_, warp_, lane_);
+    }
     if (lane_ == 0) shared_.links[warp_] = link;
     __syncthreads();
     if (mine_.begin < mine_.end && link != Link::passes) finish_last_row();
+    if (!shared_.ends) return;
+    __syncthreads();
+    if (strip_ >= params_.strips) return;
+    const int warps = params_.warps_per_strip.divisor();
+    end_row_from_before<C>(params_, shared_.parts[strip_ * warps], shared_.row, strip_,
+                           warp_ - strip_ * warps, warps, lane_);
   }
 
  private:
@@ -61,6 +77,7 @@ class Worker {
     Places<C> places(params_, mine_, lane_);
     Stream<C> stream(params_, places, shared_.rings[warp_], units, strip_, lane_);
     places.look_up_rest();
+    store_empty_rows<C>(params_, warp_, lane_);
     const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
     if (cta_.end < params_.units) row_of_next_cta_ = row_of<C>(params_, cta_.end);
     bool first = true;  // still in the row that the share began with
@@ -68,8 +85,12 @@ class Worker {
     const bool goes_on = row_before == row_;
     const bool from_cta = goes_on && mine_.begin == cta_.begin;
     const bool from_warp = goes_on && !from_cta;
-    if (from_cta) target_ = workspace(params_.continued);
-    if (from_warp) target_ = shared_.parts[warp_];
+    if (goes_on) target_ = shared_.parts[warp_];
+    if (warp_ == 0 && lane_ == 0) {
+      shared_.row = row_;
+      shared_.passes = from_cta && row_of_next_cta_ == row_;
+      shared_.ends = from_cta && row_of_next_cta_ != row_;
+    }
     for (int unit = 0; unit < units; unit += C::kUnits) {
       places.advance(unit);
       Multiply<C> products[C::kUnits];  // x is on its way while the stage is waited for
@@ -108,13 +129,12 @@ class Worker {
       if (link != Link::empty) sums_.add(shared_.parts[warp], lane_);
       if (link == Link::ends) break;
     }
-    const bool to_next_cta = warp == end && row_of_next_cta_ == row_;
-    if (target_ == nullptr && to_next_cta) target_ = workspace(params_.begun);
-    put_sums();
-  }
-
-  __device__ float4* workspace(float4* parts) const {
-    return parts + (int64_t{blockIdx.x} * params_.strips + strip_) * C::kSums;
+    if (warp == end && row_of_next_cta_ == row_) {
+      publish<C>(params_, sums_, strip_, lane_,
+                 shared_.passes ? Origin::from_before : Origin::begun_here);
+    } else {
+      put_sums();
+    }
   }
 
   // In place, though the code is long: a function would take the sums through local memory.
@@ -140,7 +160,7 @@ class Worker {
   Sums<C> sums_;
   int row_ = 0;
   int row_of_next_cta_ = -1;  // the one that it begins with
-  float4* target_ = nullptr;  // of the sums of row_; null: the output
+  float4* target_ = nullptr;  // in shared memory, of the sums of row_; null: the output
 };
 
 template <class C>

@@ -36,6 +36,12 @@ class Divider {
   uint32_t factor_ = 1u << 31;
 };
 
+// Two sums of a row that several CTAs share, and whose they are.
+struct alignas(16) Part {
+  float x, y;
+  uint64_t tag;
+};
+
 struct Params {
   const void* values;
   // By entry, an entry being a present block in the order of the outputs. Whatever these say, it
@@ -62,14 +68,13 @@ struct Params {
   int block_pitch;      // elements between two rows of a block as stored
   int strips;           // of a block: kOutputs outputs each
   int prefetch_bytes;   // of W, for each warp, while the kernel before ends
-  int early;            // whether the kernel after may start before this product has ended
   int units;            // of all strips of one kind: nnz * depth_units
   Divider depth_units;  // of a strip: kDepth inputs each
   Divider ctas;
   Divider warps_per_strip;
-  // [ctas][strips][kSums]: of a row that the CTA before began; of one that the next one continues.
-  float4* continued;
-  float4* begun;
+  int variant;
+  uint64_t launch;      // even, and of no other launch: see exchange.cuh
+  Part* parts;
 };
 
 struct Range {

@@ -31,8 +31,8 @@ struct Plan {
   int64_t warps_per_strip;
   int64_t ctas;
 
-  // float4s, of all parts of rows of one kind.
-  int64_t parts(int64_t tokens) const { return ctas * block_outputs * padded_tokens(tokens) / 4; }
+  // Of rows that CTAs share: a part is of two sums, and each CTA leaves those of one row at most.
+  int64_t parts(int64_t tokens) const { return ctas * block_outputs * padded_tokens(tokens) / 2; }
 };
 
 inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {

@@ -64,7 +64,7 @@ Refusal why_not(const ProductDesc& desc) {
 
 int64_t workspace(const ProductDesc& desc, const Execution&) {
   const skinny::Plan plan = skinny::plan_of(desc, multiprocessors());
-  return 2 * plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(float4));
+  return plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(skinny::Part));
 }
 
 void run_pass(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {

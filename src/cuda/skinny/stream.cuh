@@ -109,8 +109,13 @@ __device__ void prefetch(const Params& params, Range units, int strip, int lane)
   const int bytes = size * static_cast<int>(sizeof(Value));
   const int entry = params.depth_units.quotient(units.begin) + lane;
   const int last = params.depth_units.quotient(units.end - 1);
-  if (lane * bytes >= params.prefetch_bytes || entry > last) return;
+  if (params.prefetch_bytes == 0 || entry > last) return;
   const int block = C::kTransposed ? clamped(__ldcg(params.blocks + entry), params.nnz) : entry;
+  if (params.variant & 1) {
+    ptx::prefetch_line(params.depth_blocks + entry);
+    ptx::prefetch_line(params.output_blocks + block);
+  }
+  if (lane * bytes >= params.prefetch_bytes) return;
   ptx::prefetch(
       static_cast<const Value*>(params.values) + block * params.block_size + int64_t{strip} * size,
       bytes);
