@@ -7,6 +7,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/skinny/launch.h"
+#include "cuda/skinny/params.h"
 #include "cuda/skinny/plan.h"
 #include "cuda/sm90/hopper.h"
 #include "kernels.h"
