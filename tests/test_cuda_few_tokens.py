@@ -186,6 +186,60 @@ def test_captured_by_a_cuda_graph(product):
     assert torch.equal(result.cpu(), expected)
 
 
+class Chain:
+    """Calls each of which reads what the one before wrote, also weights that were just written."""
+
+    def __init__(self, tokens, block_shape, seed):
+        torch.manual_seed(seed)
+        self.sizes = (1024, 2048)
+        pattern = make_pattern(skewed, self.sizes, block_shape)
+        self.index = pattern.index.cuda()
+        self.x = torch.randn(tokens, self.sizes[1], device="cuda").bfloat16()
+        shape = (pattern.nnz, *block_shape)
+        self.weights = [torch.randn(shape, device="cuda").bfloat16() / 32 for _ in range(3)]
+        self.values = torch.empty_like(self.weights[0])
+
+    def run(self, between=lambda: None):
+        x, results = self.x, []
+        for weight in self.weights:
+            self.values.copy_(weight)
+            between()
+            y = block_sparse.forward(x, self.values, self.index, None, self.sizes[0])
+            between()
+            x = block_sparse.grad_input(y, self.values, self.index, self.sizes[1])
+            between()
+            results += [y, x]
+        return torch.cat(results, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("block_shape", [(128, 128), (32, 32), (16, 16)], ids=str)
+def test_calls_that_follow_each_other(block_shape, tokens):
+    chain = Chain(tokens, block_shape, seed=0)
+    expected = chain.run(between=torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(chain.run(), expected)
+
+
+@pytest.mark.parametrize("block_shape", [(128, 128), (32, 32)], ids=str)
+def test_graphs_again_and_again_on_several_streams(block_shape):
+    chains = [Chain(8, block_shape, seed) for seed in range(3)]
+    expected = [chain.run(between=torch.cuda.synchronize) for chain in chains]
+    graphs = [captured(chain.run) for chain in chains]
+    streams = [torch.cuda.Stream() for _ in chains]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream, (graph, result) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                result.fill_(float("nan"))
+                for _ in range(10):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for (_, result), right in zip(graphs, expected, strict=True):
+            assert torch.equal(result, right)
+
+
 @pytest.mark.parametrize(
     ("tokens", "block_shape", "dtype", "reason"),
     [

@@ -12,102 +12,137 @@
 
 namespace block_sparse::cuda::skinny {
 
-// Tags of a launch: its number, which is even, and the next. Whether the CTA has the row from an
-// earlier one.
+// Tags of a launch: its number, which is even, or the next where the row comes from an earlier CTA.
 enum class Origin : uint64_t { begun_here = 0, from_before = 1 };
 
 // [ctas][strips][kHigh * kWide][2][32]
 template <class C>
-__device__ __forceinline__ Part* part_of(const Params& params, int cta, int strip, int piece,
-                                         int lane) {
-  const int64_t pieces = (int64_t{cta} * params.strips + strip) * (C::kSums / 32) + piece;
-  return params.parts + pieces * 64 + lane;
+__device__ __forceinline__ Part* parts_of(const Params& params, int cta, int strip, int lane) {
+  return params.parts + (int64_t{cta} * params.strips + strip) * (2 * C::kSums) + lane;
 }
 
 template <class C>
 __device__ __forceinline__ void publish(const Params& params, Sums<C>& sums, int strip, int lane,
                                         Origin origin) {
   const uint64_t tag = params.launch + static_cast<uint64_t>(origin);
+  Part* const parts = parts_of<C>(params, blockIdx.x, strip, lane);
   sums.for_each([&](const float4& of, int i, int j) {
-    Part* to = part_of<C>(params, blockIdx.x, strip, i * C::kWide + j, lane);
+    Part* to = parts + 64 * (i * C::kWide + j);
     ptx::store(to, {of.x, of.y, tag});
     ptx::store(to + 32, {of.z, of.w, tag});
   });
 }
 
-// What one CTA has of a lane's sums of 16 outputs x 8 tokens.
-struct Parts {
-  Part of[2];
+// What one CTA has of a lane's sums of 16 outputs x 8 tokens: a piece.
+struct Piece {
+  Part parts[2];
 
   __device__ __forceinline__ void read(const Part* from) {
-    of[0] = ptx::load(from);
-    of[1] = ptx::load(from + 32);
+    parts[0] = ptx::load(from);
+    parts[1] = ptx::load(from + 32);
   }
-  __device__ __forceinline__ void wait(Part* from, uint64_t launch) {
-    while (((of[0].tag ^ launch) | (of[1].tag ^ launch)) > 1) read(from);
+  __device__ __forceinline__ bool is_there(uint64_t launch) const {
+    return ((parts[0].tag ^ launch) | (parts[1].tag ^ launch)) <= 1;
+  }
+  __device__ __forceinline__ bool is_last(uint64_t launch) const { return parts[0].tag == launch; }
+  // What it was read from counts as not there from now on.
+  __device__ __forceinline__ void add_to(float4& sums, Part* from) const {
+    sums.x += parts[0].x, sums.y += parts[0].y, sums.z += parts[1].x, sums.w += parts[1].y;
     ptx::store(from, {});
     ptx::store(from + 32, {});
   }
-  __device__ __forceinline__ void add_to(float4& sums) const {
-    sums.x += of[0].x, sums.y += of[0].y, sums.z += of[1].x, sums.w += of[1].y;
-  }
-  __device__ __forceinline__ bool has_more_before(uint64_t launch) const {
-    return of[0].tag != launch;
-  }
 };
 
-// Adds what CTAs before have of the row that this one begins with, from the nearest on.
+// Ends the row that CTAs before began, when all warps of this one have multiplied: adds their
+// pieces to `sums`, those of this CTA in shared memory, from the nearest CTA on. The warps of a
+// strip take pieces in turn.
 template <class C>
-__device__ void add_from_before(const Params& params, Parts parts, float4& sums, int strip,
-                                int piece, int lane) {
-  constexpr int kAhead = 4;  // rows of many CTAs: reads on their way
-  int cta = static_cast<int>(blockIdx.x) - 1;
-  parts.wait(part_of<C>(params, cta, strip, piece, lane), params.launch);
-  parts.add_to(sums);
-  bool more = parts.has_more_before(params.launch);
-  while (more) {
-    Parts ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      ahead[i].read(part_of<C>(params, max(cta - 1 - i, 0), strip, piece, lane));
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (!more) break;
-      --cta;
-      ahead[i].wait(part_of<C>(params, cta, strip, piece, lane), params.launch);
-      ahead[i].add_to(sums);
-      more = ahead[i].has_more_before(params.launch);
+class RowFromBefore {
+  static constexpr int kPieces = C::kSums / 32;
+  static constexpr int kAtOnce = kPieces < 4 ? kPieces : 4;  // reads of a lane on their way
+  static constexpr int kCtasAtOnce = 4;
+
+ public:
+  __device__ RowFromBefore(const Params& params, float4* sums, int strip, int warp, int lane)
+      : params_(params), sums_(sums), strip_(strip), warp_(warp), lane_(lane) {}
+
+  __device__ void end(int output) {
+    bool more = false;
+    for (int first = warp_; first < kPieces; first += kAtOnce * warps()) more = add_nearest(first);
+    for (int piece = warp_; piece < kPieces; piece += warps()) {
+      if (more) add_rest(piece);
+      const Outputs<C> outputs(params_, output + piece / C::kWide * 16, lane_);
+      outputs.store(piece % C::kWide, sums_[32 * piece + lane_]);
     }
   }
-}
 
-// Ends the row that CTAs before began, when all warps have multiplied: from `sums` of this CTA to
-// the output. The warps of a strip, `warp` of `warps`, take pieces in turn.
-template <class C>
-__device__ void end_row_from_before(const Params& params, const float4* sums, int row, int strip,
-                                    int warp, int warps, int lane) {
-  constexpr int kPieces = C::kSums / 32;
-  constexpr int kBatch = kPieces < 4 ? kPieces : 4;  // reads of a lane on their way
-  const int output = row * params.block_outputs + strip * C::kOutputs;
-  for (int first = warp; first < kPieces; first += kBatch * warps) {
-    Parts parts[kBatch];
+ private:
+  // Whether CTAs before the nearest one have had the row too.
+  __device__ bool add_nearest(int first) {
+    Part* const from = place(first, 1);
+    const int step = 64 * warps();
+    Piece pieces[kAtOnce];
+    while (true) {
+      bool there = true;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int piece = first + i * warps;
-      if (piece < kPieces) {
-        parts[i].read(part_of<C>(params, blockIdx.x - 1, strip, piece, lane));
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * warps() < kPieces) pieces[i].read(from + i * step);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * warps() < kPieces) there &= pieces[i].is_there(params_.launch);
+      }
+      if (__all_sync(~0u, there)) break;
+      wait_for(from);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int piece = first + i * warps();
+      if (piece < kPieces) pieces[i].add_to(sums_[32 * piece + lane_], from + i * step);
+    }
+    return !pieces[0].is_last(params_.launch);
+  }
+
+  // One lane asks again and again: all of them would be in the way of those who still multiply.
+  __device__ void wait_for(const Part* from) {
+    if (lane_ == 0) {
+      while ((ptx::load(from).tag ^ params_.launch) > 1) {
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int piece = first + i * warps;
-      if (piece >= kPieces) break;
-      float4 all = sums[piece * 32 + lane];
-      add_from_before<C>(params, parts[i], all, strip, piece, lane);
-      store<C>(params, piece % C::kWide * 8, output + piece / C::kWide * 16, all, lane);
-    }
+    __syncwarp();
   }
-}
+
+  __device__ void add_rest(int piece) {
+    float4 sums = sums_[32 * piece + lane_];
+    for (int distance = 2; distance != 0;) {
+      Piece ahead[kCtasAtOnce];
+#pragma unroll
+      for (int i = 0; i < kCtasAtOnce; ++i) ahead[i].read(place(piece, distance + i));
+#pragma unroll
+      for (int i = 0; i < kCtasAtOnce; ++i) {
+        if (distance == 0) break;
+        Part* const from = place(piece, distance);
+        while (!ahead[i].is_there(params_.launch)) ahead[i].read(from);
+        ahead[i].add_to(sums, from);
+        distance = ahead[i].is_last(params_.launch) ? 0 : distance + 1;
+      }
+    }
+    sums_[32 * piece + lane_] = sums;
+  }
+
+  // What the CTA `distance` teams before, if there is one, has of a piece.
+  __device__ Part* place(int piece, int distance) const {
+    const int cta = static_cast<int>(blockIdx.x) - distance * params_.team_ctas.divisor();
+    return parts_of<C>(params_, max(cta, 0), strip_, lane_) + 64 * piece;
+  }
+
+  __device__ int warps() const { return params_.warps_per_strip.divisor(); }
+
+  const Params& params_;
+  float4* const sums_;
+  const int strip_;
+  const int warp_;
+  const int lane_;
+};
 
 }  // namespace block_sparse::cuda::skinny

@@ -43,14 +43,16 @@ class Worker {
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
+        work_(params, blockIdx.x),
         strip_(params.warps_per_strip.quotient(warp_)),
-        cta_(units_of_cta(params, blockIdx.x)),
         mine_(strip_ < params.strips
-                  ? share_of(cta_, warp_ - strip_ * params.warps_per_strip.divisor(),
+                  ? share_of(work_.units, warp_ - strip_ * params.warps_per_strip.divisor(),
                              params.warps_per_strip)
                   : Range{0, 0}) {}
 
-  __device__ void prefetch() const { skinny::prefetch<C>(params_, mine_, strip_, lane_); }
+  __device__ void prefetch() const {
+    skinny::prefetch<C>(params_, mine_, work_.strip + strip_, lane_);
+  }
 
   __device__ void run() {
     sums_.clear();
@@ -67,29 +69,29 @@ class Worker {
     __syncthreads();
     if (strip_ >= params_.strips) return;
     const int warps = params_.warps_per_strip.divisor();
-    end_row_from_before<C>(params_, shared_.parts[strip_ * warps], shared_.row, strip_,
-                           warp_ - strip_ * warps, warps, lane_);
+    RowFromBefore<C>(params_, shared_.parts[strip_ * warps], strip_, warp_ - strip_ * warps, lane_)
+        .end(first_output(shared_.row));
   }
 
  private:
   __device__ Link multiply() {
     const int units = mine_.end - mine_.begin;
     Places<C> places(params_, mine_, lane_);
-    Stream<C> stream(params_, places, shared_.rings[warp_], units, strip_, lane_);
+    Stream<C> stream(params_, places, shared_.rings[warp_], units, work_.strip + strip_, lane_);
     places.look_up_rest();
     store_empty_rows<C>(params_, warp_, lane_);
     const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
-    if (cta_.end < params_.units) row_of_next_cta_ = row_of<C>(params_, cta_.end);
+    if (work_.units.end < params_.units) row_after_ = row_of<C>(params_, work_.units.end);
     bool first = true;  // still in the row that the share began with
     row_ = places.row(0);
     const bool goes_on = row_before == row_;
-    const bool from_cta = goes_on && mine_.begin == cta_.begin;
+    const bool from_cta = goes_on && mine_.begin == work_.units.begin;
     const bool from_warp = goes_on && !from_cta;
     if (goes_on) target_ = shared_.parts[warp_];
     if (warp_ == 0 && lane_ == 0) {
       shared_.row = row_;
-      shared_.passes = from_cta && row_of_next_cta_ == row_;
-      shared_.ends = from_cta && row_of_next_cta_ != row_;
+      shared_.passes = from_cta && row_after_ == row_;
+      shared_.ends = from_cta && row_after_ != row_;
     }
     for (int unit = 0; unit < units; unit += C::kUnits) {
       places.advance(unit);
@@ -129,7 +131,7 @@ class Worker {
       if (link != Link::empty) sums_.add(shared_.parts[warp], lane_);
       if (link == Link::ends) break;
     }
-    if (warp == end && row_of_next_cta_ == row_) {
+    if (warp == end && row_after_ == row_) {
       publish<C>(params_, sums_, strip_, lane_,
                  shared_.passes ? Origin::from_before : Origin::begun_here);
     } else {
@@ -144,27 +146,33 @@ class Worker {
           [&](float4& sums, int i, int j) { target_[(i * C::kWide + j) * 32 + lane_] = sums; });
       return;
     }
-    const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
-    sums_.for_each([&](float4& sums, int i, int j) {
-      store<C>(params_, 8 * j, output + 16 * i, sums, lane_);
-    });
+#pragma unroll
+    for (int i = 0; i < C::kHigh; ++i) {
+      const Outputs<C> outputs(params_, first_output(row_) + 16 * i, lane_);
+#pragma unroll
+      for (int j = 0; j < C::kWide; ++j) outputs.store(j, sums_.of[i][j]);
+    }
+  }
+
+  __device__ int first_output(int row) const {
+    return row * params_.block_outputs + (work_.strip + strip_) * C::kOutputs;
   }
 
   const Params& params_;
   Shared<C>& shared_;
   const int warp_;
   const int lane_;
-  const int strip_;
-  const Range cta_;
+  const Work work_;
+  const int strip_;  // of those of the CTA
   const Range mine_;
   Sums<C> sums_;
   int row_ = 0;
-  int row_of_next_cta_ = -1;  // the one that it begins with
+  int row_after_ = -1;        // where the next team begins
   float4* target_ = nullptr;  // in shared memory, of the sums of row_; null: the output
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, 1)
     skinny_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   if constexpr (!C::kEarly) ptx::let_next_kernel_start();

@@ -51,11 +51,12 @@ inline Params params_of(const ProductDesc& desc, const ProductArgs& args, const 
   params.block_depth = static_cast<int>(plan.block_depth);
   params.block_size = desc.block.out * desc.block.in;
   params.block_pitch = static_cast<int>(desc.block.in);
-  params.strips = static_cast<int>(plan.strips);
+  params.strips = static_cast<int>(plan.strips_per_cta);
   params.depth_units = Divider(static_cast<int>(plan.block_depth / plan.unit_depth));
   params.units = static_cast<int>(plan.units);
   params.warps_per_strip = Divider(static_cast<int>(plan.warps_per_strip));
-  params.ctas = Divider(static_cast<int>(plan.ctas));
+  params.teams = Divider(static_cast<int>(plan.teams));
+  params.team_ctas = Divider(static_cast<int>(plan.team_ctas));
   params.launch = number_of_launch();
   params.parts = static_cast<Part*>(args.workspace);
   return params;
@@ -96,7 +97,7 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   if (params.variant >= 10) params.prefetch_bytes = (params.variant / 10 << 10) / C::kWarps;
   allow_shared_memory<C>();
   cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(plan.ctas), 1, 1};
+  config.gridDim = {static_cast<unsigned>(plan.ctas()), 1, 1};
   config.blockDim = {C::kThreads, 1, 1};
   config.dynamicSmemBytes = sizeof(Shared<C>);
   config.stream = stream;

@@ -97,7 +97,7 @@ class Places {
   Place far_{};
 };
 
-// Brings the first blocks of a warp's share to L2, of each as many bytes as the warp's strip has.
+// Brings the index of a warp's share to L2, and of its first blocks as much as the warp's strip has.
 // This alone may be done while the kernel before still runs, which may write W and the index: what
 // is in L2 is always the newest, and where the index says something else later, other blocks have
 // been brought than those that are read.
@@ -111,10 +111,8 @@ __device__ void prefetch(const Params& params, Range units, int strip, int lane)
   const int last = params.depth_units.quotient(units.end - 1);
   if (params.prefetch_bytes == 0 || entry > last) return;
   const int block = C::kTransposed ? clamped(__ldcg(params.blocks + entry), params.nnz) : entry;
-  if (params.variant & 1) {
-    ptx::prefetch_line(params.depth_blocks + entry);
-    ptx::prefetch_line(params.output_blocks + block);
-  }
+  ptx::prefetch_line(params.depth_blocks + entry);
+  ptx::prefetch_line(params.output_blocks + block);
   if (lane * bytes >= params.prefetch_bytes) return;
   ptx::prefetch(
       static_cast<const Value*>(params.values) + block * params.block_size + int64_t{strip} * size,
