@@ -24,7 +24,7 @@ struct Plan {
   int64_t block_depth;
   int64_t outputs;
   int64_t depth;
-  // Of a unit. 32 where the block allows: x is read once for all outputs of a unit.
+  // Of a unit: x is read once for all of its outputs.
   int64_t unit_outputs;
   int64_t unit_depth;
   int64_t strips;
@@ -43,14 +43,25 @@ struct Plan {
   }
 };
 
-inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
+// Outputs of a unit: 32 where the block allows. 64 where x is most of what is read, if sums of as
+// many fit into a CTA's `shared_memory`.
+inline int64_t unit_outputs_of(const ProductDesc& desc, int64_t block_outputs, int shared_memory) {
+  constexpr int kMany = 64;
+  const bool wide = padded_tokens(desc.tokens) == kMaxTokens && size_of(desc.dtype) == 2 &&
+                    block_outputs % kMany == 0 &&
+                    shared_bytes(kMany, kMaxTokens) <= shared_memory;
+  return wide ? kMany : block_outputs % 32 == 0 ? 32 : 16;
+}
+
+// `shared_memory`: bytes that a CTA may have.
+inline Plan plan_of(const ProductDesc& desc, int multiprocessors, int shared_memory) {
   Plan plan{};
   const bool forward = desc.product == Product::forward;
   plan.block_outputs = forward ? desc.block.out : desc.block.in;
   plan.block_depth = forward ? desc.block.in : desc.block.out;
   plan.outputs = forward ? desc.out_features : desc.in_features;
   plan.depth = forward ? desc.in_features : desc.out_features;
-  plan.unit_outputs = plan.block_outputs % 32 == 0 ? 32 : 16;
+  plan.unit_outputs = unit_outputs_of(desc, plan.block_outputs, shared_memory);
   plan.unit_depth = size_of(desc.dtype) == 2 && plan.block_depth % 32 == 0 ? 32 : 16;
   plan.strips = plan.block_outputs / plan.unit_outputs;
   plan.units = desc.nnz * (plan.block_depth / plan.unit_depth);
