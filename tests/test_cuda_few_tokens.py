@@ -187,22 +187,29 @@ def test_captured_by_a_cuda_graph(product):
 
 
 class Chain:
-    """Calls each of which reads what the one before wrote, also weights that were just written."""
+    """Calls each of which reads what the one before wrote; its values and its index were written
+    just before, too."""
 
     def __init__(self, tokens, block_shape, seed):
         torch.manual_seed(seed)
         self.sizes = (1024, 2048)
-        pattern = make_pattern(skewed, self.sizes, block_shape)
-        self.index = pattern.index.cuda()
+        grid = [size // side for size, side in zip(self.sizes, block_shape, strict=True)]
+        mask = skewed(torch.zeros(grid, dtype=torch.bool))
+        patterns = [
+            Pattern.from_mask(some, shape=self.sizes, block_shape=block_shape)
+            for some in (mask, mask.roll((1, 1), (0, 1)), mask.flip(0))
+        ]
+        shape = (patterns[0].nnz, *block_shape)
+        self.indices = [pattern.index.cuda() for pattern in patterns]
+        self.weights = [torch.randn(shape, device="cuda").bfloat16() / 32 for _ in patterns]
+        self.index, self.values = self.indices[0].clone(), self.weights[0].clone()
         self.x = torch.randn(tokens, self.sizes[1], device="cuda").bfloat16()
-        shape = (pattern.nnz, *block_shape)
-        self.weights = [torch.randn(shape, device="cuda").bfloat16() / 32 for _ in range(3)]
-        self.values = torch.empty_like(self.weights[0])
 
     def run(self, between=lambda: None):
         x, results = self.x, []
-        for weight in self.weights:
-            self.values.copy_(weight)
+        for index, values in zip(self.indices, self.weights, strict=True):
+            self.values.copy_(values)
+            self.index.copy_(index)
             between()
             y = block_sparse.forward(x, self.values, self.index, None, self.sizes[0])
             between()

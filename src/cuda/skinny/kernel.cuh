@@ -48,7 +48,8 @@ class Worker {
         mine_(strip_ < params.strips
                   ? share_of(work_.units, warp_ - strip_ * params.warps_per_strip.divisor(),
                              params.warps_per_strip)
-                  : Range{0, 0}) {}
+                  : Range{0, 0}),
+        places_(params, mine_, lane_) {}
 
   __device__ void prefetch() const {
     skinny::prefetch<C>(params_, mine_, work_.strip + strip_, lane_);
@@ -76,14 +77,28 @@ class Worker {
  private:
   __device__ Link multiply() {
     const int units = mine_.end - mine_.begin;
-    Places<C> places(params_, mine_, lane_);
-    Stream<C> stream(params_, places, shared_.rings[warp_], units, work_.strip + strip_, lane_);
-    places.look_up_rest();
+    Stream<C> stream(params_, places_, shared_.rings[warp_], units, work_.strip + strip_, lane_);
+    Multiply<C> products[C::kUnits];
+    const auto load_x = [&](int unit) {
+#pragma unroll
+      for (int i = 0; i < C::kUnits; ++i) {
+        if (unit + i < units) products[i].load(params_, places_.depth(unit + i), lane_);
+      }
+    };
+    load_x(0);
+    if constexpr (C::kEarly) {
+      const Places<C> now(params_, mine_, lane_);
+      if (!places_.equal(now)) [[unlikely]] {
+        places_.replace(now);
+        stream.begin_again();
+        load_x(0);
+      }
+    }
     store_empty_rows<C>(params_, warp_, lane_);
     const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
     if (work_.units.end < params_.units) row_after_ = row_of<C>(params_, work_.units.end);
     bool first = true;  // still in the row that the share began with
-    row_ = places.row(0);
+    row_ = places_.row(0);
     const bool goes_on = row_before == row_;
     const bool from_cta = goes_on && mine_.begin == work_.units.begin;
     const bool from_warp = goes_on && !from_cta;
@@ -93,18 +108,12 @@ class Worker {
       shared_.passes = from_cta && row_after_ == row_;
       shared_.ends = from_cta && row_after_ != row_;
     }
-    for (int unit = 0; unit < units; unit += C::kUnits) {
-      places.advance(unit);
-      Multiply<C> products[C::kUnits];  // x is on its way while the stage is waited for
-#pragma unroll
-      for (int i = 0; i < C::kUnits; ++i) {
-        if (unit + i < units) products[i].load(params_, places.depth(unit + i), lane_);
-      }
+    for (int unit = 0;;) {
       const typename Stream<C>::Stage& tiles = stream.next();
 #pragma unroll
       for (int i = 0; i < C::kUnits; ++i) {
         if (unit + i >= units) break;
-        const int row = places.row(unit + i);
+        const int row = places_.row(unit + i);
         if (row != row_) {
           put_sums();
           sums_.clear();
@@ -114,6 +123,10 @@ class Worker {
         }
         products[i].add_to(sums_, tiles[i], lane_);
       }
+      unit += C::kUnits;
+      if (unit >= units) break;
+      places_.advance(unit);
+      load_x(unit);  // is on its way while the stage is waited for
     }
     if (!from_warp) return Link::none;
     if (!first) return Link::ends;
@@ -165,6 +178,7 @@ class Worker {
   const Work work_;
   const int strip_;  // of those of the CTA
   const Range mine_;
+  Places<C> places_;  // the kernel before may have written the index since they were looked up
   Sums<C> sums_;
   int row_ = 0;
   int row_after_ = -1;        // where the next team begins

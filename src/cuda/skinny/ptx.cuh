@@ -26,11 +26,6 @@ __device__ inline void prefetch([[maybe_unused]] const void* global, [[maybe_unu
 #endif
 }
 
-// Asks for the line of an address to be brought to L2.
-__device__ inline void prefetch_line(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
-}
-
 // 16 bytes that other CTAs see as a whole or not at all, and that the first cache has no part in.
 __device__ inline void store(Part* to, Part part) {
   const auto sums = static_cast<uint64_t>(__float_as_uint(part.y)) << 32 | __float_as_uint(part.x);
