@@ -36,11 +36,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Bytes that a CTA may ask for.
-inline int shared_memory() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-}
-
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 }  // namespace block_sparse::cuda

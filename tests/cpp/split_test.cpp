@@ -155,7 +155,7 @@ TEST(FewTokens, AreComparedWithSplitSumsWhereTheseRun) {
   ProductDesc desc = product(Product::forward, 130, 128, 32768, 32);
   desc.planned = true;
   desc.nnz = 4 * 1024 * 3 / 10;
-  const skinny::Plan plan = skinny::plan_of(desc, 1, 227 << 10);
+  const skinny::Plan plan = skinny::plan_of(desc, 1);
   EXPECT_FALSE(skinny::is_fastest(desc, plan, 132, true));
   EXPECT_TRUE(skinny::is_fastest(desc, plan, 132, false));
 }

@@ -19,13 +19,13 @@ constexpr Config config_for(int tokens) {
 }
 
 // Of a ring's stage: units of 512 bytes go through it four at a time, so that the loop costs less.
-constexpr int stage_bytes(int unit_outputs) { return unit_outputs > 32 ? 4096 : 2048; }
+constexpr int kStageBytes = 2048;
 
 // Shared memory of a CTA: the rings, and sums of each warp.
 constexpr int shared_bytes(int unit_outputs, int tokens) {
   const Config config = config_for(tokens);
   constexpr int kRest = 128;
-  return config.warps * (config.stages * stage_bytes(unit_outputs) + unit_outputs * tokens * 4) + kRest;
+  return config.warps * (config.stages * kStageBytes + unit_outputs * tokens * 4) + kRest;
 }
 
 // A warp multiplies units: kOutputs outputs by kDepth inputs of a block, for all tokens at once.
@@ -45,7 +45,7 @@ struct Choice {
   // A stage is as many units for int8, which are smaller: so there is room for more stages.
   static constexpr int kValuesOfElement = static_cast<int>(sizeof(T) / sizeof(Value));
   static constexpr int kUnitBytes = kOutputs * kDepth * static_cast<int>(sizeof(Value));
-  static constexpr int kUnits = stage_bytes(kOutputs) / kUnitBytes / kValuesOfElement;  // of a stage
+  static constexpr int kUnits = kStageBytes / kUnitBytes / kValuesOfElement;  // of a stage
   static constexpr int kWarps = config_for(kTokens).warps;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kStages = config_for(kTokens).stages * kValuesOfElement;

@@ -92,9 +92,6 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   // comes later.
   const bool starts_early = C::kEarly && can_start_early();
   params.prefetch_bytes = starts_early ? (32 << 10) / C::kWarps : 0;
-  const char* env = std::getenv("BS_V");
-  params.variant = env ? std::atoi(env) : 0;
-  if (params.variant >= 10) params.prefetch_bytes = (params.variant / 10 << 10) / C::kWarps;
   allow_shared_memory<C>();
   cudaLaunchConfig_t config{};
   config.gridDim = {static_cast<unsigned>(plan.ctas()), 1, 1};
@@ -111,25 +108,22 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
 
 template <class T, class Value = T>
 void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {
-  const Plan plan = plan_of(desc, multiprocessors(), shared_memory());
+  const Plan plan = plan_of(desc, multiprocessors());
   const auto with_tokens = [&]<bool kTransposed, int kOutputs, int kDepth>() {
     const auto run = [&]<int kTokens>() {
       using C = Choice<T, Value, kTransposed, kOutputs, kDepth, kTokens>;
       launch_choice<C>(desc, args, plan, stream);
     };
-    if constexpr (kOutputs <= 32) {
-      switch (padded_tokens(desc.tokens)) {
-        case 8:
-          return run.template operator()<8>();
-        case 16:
-          return run.template operator()<16>();
-        case 32:
-          return run.template operator()<32>();
-        default:
-          break;
-      }
+    switch (padded_tokens(desc.tokens)) {
+      case 8:
+        return run.template operator()<8>();
+      case 16:
+        return run.template operator()<16>();
+      case 32:
+        return run.template operator()<32>();
+      default:
+        return run.template operator()<kMaxTokens>();
     }
-    run.template operator()<kMaxTokens>();
   };
   const auto with_unit = [&]<bool kTransposed, int kOutputs>() {
     if constexpr (sizeof(T) == 2) {
@@ -140,9 +134,6 @@ void launch(const ProductDesc& desc, const ProductArgs& args, cudaStream_t strea
     with_tokens.template operator()<kTransposed, kOutputs, 16>();
   };
   const auto with_product = [&]<bool kTransposed>() {
-    if constexpr (sizeof(T) == 2) {
-      if (plan.unit_outputs == 64) return with_unit.template operator()<kTransposed, 64>();
-    }
     plan.unit_outputs == 32 ? with_unit.template operator()<kTransposed, 32>()
                             : with_unit.template operator()<kTransposed, 16>();
   };

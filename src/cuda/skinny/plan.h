@@ -24,7 +24,7 @@ struct Plan {
   int64_t block_depth;
   int64_t outputs;
   int64_t depth;
-  // Of a unit: x is read once for all of its outputs.
+  // Of a unit. 32 where the block allows: x is read once for all outputs of a unit.
   int64_t unit_outputs;
   int64_t unit_depth;
   int64_t strips;
@@ -43,30 +43,24 @@ struct Plan {
   }
 };
 
-// Outputs of a unit: 32 where the block allows. 64 where x is most of what is read, if sums of as
-// many fit into a CTA's `shared_memory`.
-inline int64_t unit_outputs_of(const ProductDesc& desc, int64_t block_outputs, int shared_memory) {
-  constexpr int kMany = 64;
-  const bool wide = padded_tokens(desc.tokens) == kMaxTokens && size_of(desc.dtype) == 2 &&
-                    block_outputs % kMany == 0 &&
-                    shared_bytes(kMany, kMaxTokens) <= shared_memory;
-  return wide ? kMany : block_outputs % 32 == 0 ? 32 : 16;
-}
+// Of a row of blocks. In grad_input the CTAs of a team read the same rows of W, 64 bytes each; from
+// this many sums on that costs less than what the CTAs of rows with all strips leave to each other.
+constexpr int64_t kManySums = 4096;
 
-// `shared_memory`: bytes that a CTA may have.
-inline Plan plan_of(const ProductDesc& desc, int multiprocessors, int shared_memory) {
+inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
   Plan plan{};
   const bool forward = desc.product == Product::forward;
   plan.block_outputs = forward ? desc.block.out : desc.block.in;
   plan.block_depth = forward ? desc.block.in : desc.block.out;
   plan.outputs = forward ? desc.out_features : desc.in_features;
   plan.depth = forward ? desc.in_features : desc.out_features;
-  plan.unit_outputs = unit_outputs_of(desc, plan.block_outputs, shared_memory);
+  plan.unit_outputs = plan.block_outputs % 32 == 0 ? 32 : 16;
   plan.unit_depth = size_of(desc.dtype) == 2 && plan.block_depth % 32 == 0 ? 32 : 16;
   plan.strips = plan.block_outputs / plan.unit_outputs;
   plan.units = desc.nnz * (plan.block_depth / plan.unit_depth);
   const int warps = config_for(padded_tokens(desc.tokens)).warps;
-  plan.team_ctas = std::gcd(plan.strips, multiprocessors);
+  const int64_t sums = plan.block_outputs * padded_tokens(desc.tokens);
+  plan.team_ctas = forward || sums >= kManySums ? std::gcd(plan.strips, multiprocessors) : 1;
   plan.strips_per_cta = plan.strips / plan.team_ctas;
   if (plan.strips_per_cta > warps) return plan;
   plan.warps_per_strip = warps / plan.strips_per_cta;

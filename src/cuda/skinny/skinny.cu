@@ -28,7 +28,7 @@ Refusal why_not(const ProductDesc& desc) {
     return concat("takes blocks with sides that are multiples of 16, not ", desc.block.out, "x",
                   desc.block.in);
   }
-  const skinny::Plan plan = skinny::plan_of(desc, 1, shared_memory());
+  const skinny::Plan plan = skinny::plan_of(desc, 1);
   const bool hopper = !sm90::why_not_hopper(desc);
   if (!skinny::is_fastest(desc, plan, multiprocessors(), hopper)) {
     return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
@@ -54,17 +54,25 @@ Refusal why_not(const ProductDesc& desc) {
   }
   const int needed =
       skinny::shared_bytes(static_cast<int>(plan.unit_outputs), skinny::padded_tokens(desc.tokens));
-  if (needed > shared_memory()) {
-    return concat("needs ", needed, " bytes of shared memory; the device has ", shared_memory());
+  const int shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (needed > shared) {
+    return concat("needs ", needed, " bytes of shared memory; the device has ", shared);
   }
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) return concat("compute capability is ", major, ".x; it is written for 8.0 and up");
   return std::nullopt;
 }
 
+// For the pass that takes most: the first, or the last one, which has fewer tokens.
 int64_t workspace(const ProductDesc& desc, const Execution&) {
-  const skinny::Plan plan = skinny::plan_of(desc, multiprocessors(), shared_memory());
-  return plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(skinny::Part));
+  int64_t parts = 0;
+  ProductDesc pass = desc;
+  for (const int64_t tokens : {desc.tokens, desc.tokens % skinny::kMaxTokens}) {
+    pass.tokens = std::min<int64_t>(tokens, skinny::kMaxTokens);
+    if (tokens == 0) continue;
+    parts = std::max(parts, skinny::plan_of(pass, multiprocessors()).parts(pass.tokens));
+  }
+  return parts * static_cast<int64_t>(sizeof(skinny::Part));
 }
 
 void run_pass(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {

@@ -74,22 +74,23 @@ class Outputs {
   int high_tokens_;
 };
 
-// Rows without blocks are the bias alone, or zero. A warp of each CTA after the other takes one.
+// Rows without blocks are the bias alone, or zero. CTAs take rows in turn, and the warps of a CTA the
+// tokens.
 template <class C>
 __device__ void store_empty_rows(const Params& params, int warp, int lane) {
-  const int pitch = static_cast<int>(gridDim.x) * C::kWarps;  // between the rows of two lanes
-  int first = static_cast<int>(blockIdx.x + gridDim.x * warp);
-  for (; first < params.output_grid; first += 32 * pitch) {
-    const int mine = first + lane * pitch;
+  const int ctas = static_cast<int>(gridDim.x);
+  for (int first = static_cast<int>(blockIdx.x); first < params.output_grid; first += 32 * ctas) {
+    const int mine = first + lane * ctas;
     const bool empty =
         mine < params.output_grid && params.starts[mine] >= params.starts[mine + 1];
     for (unsigned lanes = __ballot_sync(~0u, empty); lanes != 0; lanes &= lanes - 1) {
-      const int begin = (first + (__ffs(lanes) - 1) * pitch) * params.block_outputs;
-      for (int i = lane; i < params.block_outputs * params.tokens; i += 32) {
-        const int output = begin + i % params.block_outputs, token = i / params.block_outputs;
-        if (output >= params.outputs) continue;
-        static_cast<typename C::T*>(params.output)[token * params.output_stride + output] =
-            narrow<typename C::T>(bias_of<typename C::T>(params, output));
+      const int begin = (first + (__ffs(lanes) - 1) * ctas) * params.block_outputs;
+      const int end = min(begin + params.block_outputs, params.outputs);
+      for (int output = begin + lane; output < end; output += 32) {
+        const auto value = narrow<typename C::T>(bias_of<typename C::T>(params, output));
+        for (int token = warp; token < params.tokens; token += C::kWarps) {
+          static_cast<typename C::T*>(params.output)[token * params.output_stride + output] = value;
+        }
       }
     }
   }

@@ -20,9 +20,7 @@ struct Tile {
   // Where a chunk lies. A group of eight lanes reads rows that are kDepth / 4 apart (two of each)
   // when transposed, two or eight neighbouring ones when not.
   __device__ static int offset(int row, int chunk) {
-    if constexpr (C::kTransposed && kChunks == 8) {
-      chunk ^= row / (C::kDepth / 4) % 4 + row % 2 * 4;
-    } else if constexpr (C::kTransposed) {
+    if constexpr (C::kTransposed) {
       chunk ^= row / (C::kDepth / 4) % (kChunks < 4 ? kChunks : 4);
     } else if constexpr (kChunks == 4) {
       chunk ^= row / 2 % 4;
