@@ -1,9 +1,9 @@
 // The few-token kernel: W is read once and in order, x as often as its blocks meet it (from the
 // caches), sums stay in registers.
 //
-// The units of all blocks, in the order of the outputs, are split evenly: among CTAs, and a CTA's
-// among the warps of each strip. So a row of blocks may end in the middle of a warp's share, and
-// may go on in the next. What a warp has of a row that an earlier warp began, it leaves in shared
+// The units of all blocks, in the order of the outputs, are split evenly: among teams of CTAs, each
+// of which has other strips of the team's blocks, and a CTA's among the warps of each strip. So a
+// row of blocks may end in the middle of a warp's share, and may go on in the next. What a warp has of a row that an earlier warp began, it leaves in shared
 // memory; who began it adds those parts in order. What a CTA has of a row that it does not end goes
 // through workspace to the CTA that does: exchange.cuh. No atomics: the same bits every run.
 #pragma once
@@ -189,7 +189,6 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     skinny_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  if constexpr (!C::kEarly) ptx::let_next_kernel_start();
   Worker<C> worker(params, *reinterpret_cast<Shared<C>*>(shared));
   if constexpr (C::kEarly) {
     worker.prefetch();
