@@ -56,22 +56,15 @@ class Worker {
   }
 
   __device__ void run() {
+    EmptyRows<C> empty_rows(params_, warp_, lane_);
     sums_.clear();
     Link link = Link::empty;
-    if (mine_.begin < mine_.end) {
-      link = multiply();
-    } else {
-      store_empty_rows<C>(params_, warp_, lane_);
-    }
+    if (mine_.begin < mine_.end) link = multiply();
     if (lane_ == 0) shared_.links[warp_] = link;
     __syncthreads();
     if (mine_.begin < mine_.end && link != Link::passes) finish_last_row();
-    if (!shared_.ends) return;
-    __syncthreads();
-    if (strip_ >= params_.strips) return;
-    const int warps = params_.warps_per_strip.divisor();
-    RowFromBefore<C>(params_, shared_.parts[strip_ * warps], strip_, warp_ - strip_ * warps, lane_)
-        .end(first_output(shared_.row));
+    if (shared_.ends) end_row_from_before();
+    empty_rows.store();
   }
 
  private:
@@ -94,7 +87,6 @@ class Worker {
         load_x(0);
       }
     }
-    store_empty_rows<C>(params_, warp_, lane_);
     const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
     if (work_.units.end < params_.units) row_after_ = row_of<C>(params_, work_.units.end);
     bool first = true;  // still in the row that the share began with
@@ -150,6 +142,14 @@ class Worker {
     } else {
       put_sums();
     }
+  }
+
+  __device__ void end_row_from_before() {
+    __syncthreads();
+    if (strip_ >= params_.strips) return;
+    const int first = strip_ * params_.warps_per_strip.divisor();
+    RowFromBefore<C>(params_, shared_.parts[first], strip_, warp_ - first, lane_)
+        .end(first_output(shared_.row));
   }
 
   // In place, though the code is long: a function would take the sums through local memory.

@@ -74,26 +74,56 @@ class Outputs {
   int high_tokens_;
 };
 
-// Rows without blocks are the bias alone, or zero. CTAs take rows in turn, and the warps of a CTA the
-// tokens.
+// Rows without blocks are the bias alone, or zero. CTAs take rows in turn, a lane of each warp looks
+// at one, and the warps of a CTA take the tokens in turn. Which rows these are is asked for long
+// before it is waited for.
 template <class C>
-__device__ void store_empty_rows(const Params& params, int warp, int lane) {
-  const int ctas = static_cast<int>(gridDim.x);
-  for (int first = static_cast<int>(blockIdx.x); first < params.output_grid; first += 32 * ctas) {
-    const int mine = first + lane * ctas;
-    const bool empty =
-        mine < params.output_grid && params.starts[mine] >= params.starts[mine + 1];
-    for (unsigned lanes = __ballot_sync(~0u, empty); lanes != 0; lanes &= lanes - 1) {
-      const int begin = (first + (__ffs(lanes) - 1) * ctas) * params.block_outputs;
-      const int end = min(begin + params.block_outputs, params.outputs);
-      for (int output = begin + lane; output < end; output += 32) {
-        const auto value = narrow<typename C::T>(bias_of<typename C::T>(params, output));
-        for (int token = warp; token < params.tokens; token += C::kWarps) {
-          static_cast<typename C::T*>(params.output)[token * params.output_stride + output] = value;
-        }
+class EmptyRows {
+ public:
+  __device__ EmptyRows(const Params& params, int warp, int lane)
+      : params_(params), warp_(warp), lane_(lane) {
+    look_up();
+  }
+
+  __device__ void store() {
+    while (first_ < params_.output_grid) {
+      for (unsigned lanes = __ballot_sync(~0u, begin_ >= end_); lanes != 0; lanes &= lanes - 1) {
+        store(first_ + (__ffs(lanes) - 1) * ctas());
+      }
+      first_ += 32 * ctas();
+      look_up();
+    }
+  }
+
+ private:
+  __device__ void look_up() {
+    const int row = first_ + lane_ * ctas();
+    const bool is_one = row < params_.output_grid;
+    begin_ = is_one ? params_.starts[row] : 0;
+    end_ = is_one ? params_.starts[row + 1] : 1;
+  }
+
+  __device__ void store(int row) const {
+    using T = typename C::T;
+    const int begin = row * params_.block_outputs;
+    const int end = min(begin + params_.block_outputs, params_.outputs);
+    for (int output = begin + lane_; output < end; output += 32) {
+      const T value = narrow<T>(bias_of<T>(params_, output));
+      T* const to = static_cast<T*>(params_.output) + output;
+      for (int token = warp_; token < params_.tokens; token += C::kWarps) {
+        to[token * params_.output_stride] = value;
       }
     }
   }
-}
+
+  __device__ static int ctas() { return static_cast<int>(gridDim.x); }
+
+  const Params& params_;
+  const int warp_;
+  const int lane_;
+  int first_ = static_cast<int>(blockIdx.x);
+  int begin_;  // entries of the lane's row
+  int end_;
+};
 
 }  // namespace block_sparse::cuda::skinny
