@@ -3,9 +3,10 @@
 //
 // The units of all blocks, in the order of the outputs, are split evenly: among teams of CTAs, each
 // of which has other strips of the team's blocks, and a CTA's among the warps of each strip. So a
-// row of blocks may end in the middle of a warp's share, and may go on in the next. What a warp has of a row that an earlier warp began, it leaves in shared
-// memory; who began it adds those parts in order. What a CTA has of a row that it does not end goes
-// through workspace to the CTA that does: exchange.cuh. No atomics: the same bits every run.
+// row of blocks may end in the middle of a warp's share, and may go on in the next. What a warp has
+// of a row that an earlier warp began, it leaves in shared memory; who began it adds those parts in
+// order. What a CTA has of a row that it does not end goes through workspace to the CTA that does:
+// exchange.cuh. No atomics: the same bits every run.
 #pragma once
 
 #include "cuda/skinny/exchange.cuh"

@@ -73,7 +73,7 @@ struct Params {
   Divider teams;
   Divider team_ctas;
   Divider warps_per_strip;
-  uint64_t launch;      // even, and of no other launch: see exchange.cuh
+  uint64_t launch;  // even, and of no other launch: see exchange.cuh
   Part* parts;
 };
 

@@ -74,9 +74,9 @@ class Outputs {
   int high_tokens_;
 };
 
-// Rows without blocks are the bias alone, or zero. CTAs take rows in turn, a lane of each warp looks
-// at one, and the warps of a CTA take the tokens in turn. Which rows these are is asked for long
-// before it is waited for.
+// Rows without blocks are the bias alone, or zero. CTAs take rows in turn, a lane of each warp
+// looks at one, and the warps of a CTA take the tokens in turn. Which rows these are is asked for
+// long before it is waited for.
 template <class C>
 class EmptyRows {
  public:
