@@ -233,40 +233,6 @@ def measure(args):
                 }
 
 
-def plot(results, path):
-    """Speed-up over density, a panel for each product, a line for each block size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shape = (results[0]["out"], results[0]["in"], results[0]["tokens"])
-    figure, axes = plt.subplots(1, len(PRODUCTS), figsize=(12, 4), sharey=True)
-    for axis, product in zip(axes, PRODUCTS, strict=True):
-        rows = [
-            row
-            for row in results
-            if row["product"] == product and (row["out"], row["in"], row["tokens"]) == shape
-        ]
-        for block in dict.fromkeys(tuple(row["block"]) for row in rows):
-            line = sorted(
-                (row["density"], row["speedup"]) for row in rows if tuple(row["block"]) == block
-            )
-            axis.plot(*zip(*line, strict=True), marker="o", label=f"{block[0]}x{block[1]}")
-        densities = sorted({row["density"] for row in rows})
-        axis.plot(densities, [1 / d for d in densities], ":", color="gray", label="1 / density")
-        axis.axhline(1, color="black", linewidth=1, label="cuBLAS dense")
-        axis.set(xscale="log", yscale="log", xlabel="density", title=product)
-        axis.set_xticks(densities, [f"{d:g}" for d in densities])
-        axis.set_xticks([], minor=True)
-        axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-    axes[0].set_ylabel("times as fast as dense")
-    axes[0].legend(fontsize="small")
-    figure.suptitle(f"{shape[2]} tokens, out {shape[0]}, in {shape[1]}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def write(path, results, **about):
     """The results as JSON, with on what they were measured and the command that repeats them."""
     about |= {
@@ -301,7 +267,9 @@ def main(argv=None):
     if args.json:
         write(args.json, results, dtype=args.dtype)
     if args.plot:
-        plot(results, args.plot)
+        import gpu_plots  # wants matplotlib, which the measurements do not
+
+        gpu_plots.plot(results, torch.cuda.get_device_name(), args.plot)
 
 
 if __name__ == "__main__":
