@@ -1,6 +1,7 @@
 """Each method finds what it should: a planted pattern, its schedule, its formula."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -344,3 +345,22 @@ def test_distributions():
         layer_densities(grids, 0.5, "global")
     with pytest.raises(ValueError, match="density"):
         layer_densities(grids, 0.0)
+
+
+@pytest.mark.parametrize("score", ["relative", "l1"])
+def test_gradual_and_a_block_that_is_infinite(score):
+    """Ranked by its row and column, it must not take the others of its row with it."""
+    model = nn.Sequential(BlockSparseLinear(32, 32, density=1.0, block_shape=(8, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = GradualMagnitude(
+        model, optimizer, 10, density=0.5, begin=0, end=5, updates=1, score=score, compactions=0
+    )
+    model[0].values.data[5, 0, 0] = torch.inf
+    with pytest.warns(UserWarning, match="NaN") if score == "relative" else nullcontext():
+        for _ in range(5):
+            optimizer.step()
+            sparsifier.step()
+    alive = sparsifier.layers[0].alive.view(4, 4)
+    assert alive.sum() == 8
+    assert alive[1].sum() > 1 and alive[:, 1].sum() > 1
+    assert alive[1, 1] == (score == "l1")

@@ -55,6 +55,26 @@ def test_movement_scores_follow_the_formula():
     assert 3 <= int(masks.sum()) < 16
 
 
+def test_movement_of_a_layer_without_a_gradient():
+    """Its scores follow the penalty alone, whatever its weights are."""
+    model = mlp(density=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = BlockMovement(model, optimizer, 100, begin=0, end=50, score_every=1, compact=False)
+    first, *others = (layer.module for layer in sparsifier.layers)
+    model(torch.randn(4, first.in_features)).square().mean().backward()
+    first.values.grad = None
+    first.values.data[0, 0, 0] = torch.inf
+    optimizer.step()
+    sparsifier.step()
+    scores = list(sparsifier.scores.values())
+    assert not scores[0].any()  # at first the threshold is 0, and so is its push
+    assert others and all(score.all() for score in scores[1:])
+    for own in (module.values for module in others):
+        own.grad = None
+    sparsifier.step()
+    assert all(score.isfinite().all() for score in sparsifier.scores.values())
+
+
 def test_movement_blocks_can_come_back():
     model = nn.Sequential(BlockSparseLinear(32, 32, density=1.0, block_shape=(8, 8)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

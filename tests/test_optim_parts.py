@@ -146,6 +146,22 @@ def test_distillation_is_its_formula_over_the_tokens_that_count():
     torch.testing.assert_close(result, expected)
 
 
+def test_distillation_with_classes_that_are_ruled_out():
+    """A logit of minus infinity in both counts as if the class were not there."""
+    student, teacher = logits_of(0, 2, 5, 7), logits_of(1, 2, 5, 7)
+    loss = DistillationLoss()
+    expected = loss(student[..., :6], teacher[..., :6])
+    for logits in (student, teacher):
+        logits[..., 6] = -torch.inf
+    student.requires_grad_()
+    result = loss(student, teacher)
+    torch.testing.assert_close(result, expected)
+    result.backward()
+    assert student.grad.isfinite().all() and not student.grad[..., 6].any()
+    student.data[..., 5] = -torch.inf  # ruled out by the student alone
+    assert loss(student, teacher) == torch.inf
+
+
 def test_distillation_causal_shifts():
     student, teacher = logits_of(0, 2, 5, 7), logits_of(1, 2, 5, 7)
     labels = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(2))

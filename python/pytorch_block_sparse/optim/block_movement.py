@@ -157,13 +157,23 @@ class BlockMovement(Sparsifier):
         self._adam.step()
 
     def _slope(self) -> Tensor:
-        """dL/dS of each block, but for the penalty's part."""
-        values = [layer.module.values for layer in self.layers]
-        return scores.effects(
+        """dL/dS of each block, but for the penalty's part; 0 in layers that had no gradient."""
+        seen = [layer for layer in self.layers if layer.module.values.grad is not None]
+        if not seen:
+            return torch.zeros_like(self._score)
+        values = [layer.module.values for layer in seen]
+        slopes = scores.effects(
             values,
-            [torch.zeros_like(own) if own.grad is None else own.grad for own in values],
-            [layer.dead for layer in self.layers],
-            [self._aside[layer.name] for layer in self.layers],
+            [own.grad for own in values if own.grad is not None],
+            [layer.dead for layer in seen],
+            [self._aside[layer.name] for layer in seen],
+        )
+        if len(seen) == len(self.layers):
+            return slopes
+        parts = iter(slopes.split([len(own) for own in values]))
+        return self._joined(
+            slopes.new_zeros(len(layer.alive)) if layer.module.values.grad is None else next(parts)
+            for layer in self.layers
         )
 
     def _after_step(self) -> None:

@@ -91,7 +91,10 @@ class DistillationLoss(nn.Module):
         weight = counts.float() / counts.sum().clamp(min=1)
         log_student = functional.log_softmax(student_logits.float() / self.temperature, dim=-1)
         log_teacher = functional.log_softmax(teacher_logits.float() / self.temperature, dim=-1)
-        divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
+        share = log_teacher.exp()
+        # 0 log 0 is 0, also where both have a logit of minus infinity: a class that is ruled out.
+        terms = (share * (log_teacher - log_student)).masked_fill(share == 0, 0)
+        divergence = terms.sum(dim=-1)
         soft = self.temperature**2 * _weighted(divergence, weight)
         if labels is None:
             return soft

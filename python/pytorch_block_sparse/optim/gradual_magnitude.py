@@ -145,9 +145,11 @@ class GradualMagnitude(Sparsifier):
         values, pattern = layer.module.values, layer.module.pattern
         norm = scores.FROM_WEIGHTS["l2" if self.score == "relative" else self.score]
         # Against that of a block of ones: layers may differ in their block shapes.
-        norms = self._without_nan(layer, norm(values) / norm(torch.ones_like(values[:1])))
+        norms = norm(values) / norm(torch.ones_like(values[:1]))
         if self.score != "relative":
-            return norms
+            return self._without_nan(layer, norms)
+        # An infinite one is as broken as NaN, and would take the others of its row with it.
+        norms = self._without_nan(layer, norms.masked_fill(norms.isinf(), torch.nan))
         return scores.relative(norms, block_ids(pattern), pattern.grid)
 
     def _compaction_due(self) -> bool:
