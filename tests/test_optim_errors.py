@@ -13,6 +13,7 @@ from pytorch_block_sparse.optim import (
     BlockWanda,
     GradualMagnitude,
     SparseOptimizer,
+    compact_,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,13 +95,13 @@ def test_numbers_out_of_range():
     for distribution in ("erdos", None):
         with pytest.raises(ValueError, match="distribution: must be 'uniform', 'erk' or 'global'"):
             GradualMagnitude(model, optimizer, 100, density=0.1, distribution=distribution)
-    with pytest.raises(ValueError, match=r"start: must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"drop: must be in \[0, 1\]"):
         BlockSET(model, optimizer, 100, drop=1.5)
     with pytest.raises(ValueError, match="score: must be one of"):
         BlockSET(model, optimizer, 100, score="l3")
     with pytest.raises(ValueError, match="score: must be one of"):
         GradualMagnitude(model, optimizer, 100, density=0.1, score="l3")
-    with pytest.raises(ValueError, match="interval: must be at least 1"):
+    with pytest.raises(ValueError, match="every: must be at least 1"):
         BlockSET(model, optimizer, 100, every=0)
     with pytest.raises(ValueError, match="candidates: must be at least 1"):
         BlockRigL(model, optimizer, 100, candidates=0.5)
@@ -148,9 +149,12 @@ def test_numbers_that_are_no_integers():
     model = mlp(1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     wrong = [
-        (lambda: BlockSET(model, optimizer, 100, every=2.5), "interval: must be an int, got 2.5"),
+        (lambda: BlockSET(model, optimizer, 100, every=2.5), "every: must be an int, got 2.5"),
         (lambda: BlockSET(model, optimizer, 100, end=10.5), "end: must be an int, got 10.5"),
         (lambda: BlockMovement(model, optimizer, 100, every=0), "every: must be at least 1, got 0"),
+        (lambda: BlockSET(model, optimizer, 100, every=0), "every: must be at least 1, got 0"),
+        (lambda: BlockSET(model, optimizer, 100, end=-5), "end: must not be negative, got -5"),
+        (lambda: BlockMovement(model, optimizer, 100, begin=0.1), "begin: must be an int, got 0.1"),
         (lambda: BlockMovement(model, optimizer, 100, score_every=1.5), "score_every: must be an"),
         (lambda: BlockMovement(model, optimizer, 100, penalty=float("nan")), "penalty: must not"),
         (lambda: BlockRigL(model, optimizer, 100, candidates=float("nan")), "candidates: must be"),
@@ -214,3 +218,46 @@ def test_sparse_optimizer_without_layers():
         SparseOptimizer([])
     with pytest.raises(ValueError, match="new_coefficients_scale: must be finite"):
         SparseOptimizer([mlp()[0]], new_coefficients_scale=float("nan"))
+
+
+def test_a_choice_of_layers_that_is_no_function():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(TypeError, match="only: must take a layer's name, got list"):
+        BlockSET(model, optimizer, 100, only=["0"])
+
+
+def test_a_state_of_nothing():
+    model = mlp()
+    sparsifier = BlockSET(model, torch.optim.SGD(model.parameters(), lr=1.0), 100)
+    with pytest.raises(ValueError, match="state: is of None, not of BlockSET"):
+        sparsifier.load_state_dict({})
+
+
+def test_blocks_that_something_else_took():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsifier = BlockMovement(model, optimizer, 100, every=1)
+    compact_(model[0], torch.arange(model[0].block_count) > 0, optimizer)
+    with pytest.raises(RuntimeError, match=r"0: has \d+ blocks, but BlockMovement knows \d+"):
+        train_step(model, optimizer, sparsifier)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda m, o: BlockMovement(m, o, 4, every=1, compact=False),
+        lambda m, o: GradualMagnitude(m, o, 4, density=0.5, compactions=0),
+    ],
+    ids=["movement", "gradual"],
+)
+def test_compaction_after_steps_that_were_not_told(build):
+    """Blocks that were held at zero may have grown since."""
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = build(model, optimizer)
+    train_step(model, optimizer, sparsifier)
+    sparsifier.compact()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="has made 1 steps since the last call of step"):
+        sparsifier.compact()

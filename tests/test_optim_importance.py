@@ -149,6 +149,13 @@ def test_what_was_not_measured_is_an_error():
         importance.observe()
     with pytest.raises(RuntimeError, match=r"run the model inside calibration"):
         importance.scores("activation")
+    with importance.calibration():
+        pass
+    with pytest.raises(RuntimeError, match=r"0 has had no input inside calibration"):
+        importance.table("activation")
+    for names in ([], "0"):
+        with pytest.raises(ValueError, match="names: must be a list of layers, one at least"):
+            importance.plot("l1", names)
     with pytest.raises(ValueError, match="score: must be one of"):
         importance.scores("l7")
     with pytest.raises(ValueError, match="name: '7' is none of"):

@@ -364,3 +364,24 @@ def test_gradual_and_a_block_that_is_infinite(score):
     assert alive.sum() == 8
     assert alive[1].sum() > 1 and alive[:, 1].sum() > 1
     assert alive[1, 1] == (score == "l1")
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "first", "last"),
+    [
+        (263, {}, 28, 104),  # of 78 steps, an update in every other one
+        (265, {}, 28, 106),
+        (1000, {}, 108, 396),
+        (2000, {}, 215, 800),
+        (100, {}, 11, 40),
+        (100, {"begin": 10, "end": 20, "updates": 3}, 14, 18),
+        (100, {"begin": 10, "end": 12, "updates": 9}, 11, 12),
+    ],
+)
+def test_gradual_ends_where_it_was_told(steps, options, first, last):
+    model = nn.Sequential(BlockSparseLinear(32, 32, density=1.0, block_shape=(8, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = GradualMagnitude(model, optimizer, steps, density=0.5, **options)
+    due = [step for step in range(steps + 1) if sparsifier.schedule.due(step)]
+    assert (due[0], due[-1]) == (first, last)
+    assert len(due) <= options.get("updates", 40)

@@ -32,7 +32,7 @@ GUIDE = blocks_of("docs/pattern-optimisation.md")
 
 def test_every_block_is_run_below():
     assert len(README) == 6
-    assert len(GUIDE) == 5  # the third one shows a result
+    assert len(GUIDE) == 6  # the third one shows a result
 
 
 # --- README.md ------------------------------------------------------------------------------------
@@ -169,3 +169,21 @@ def test_learning_rates():
     assert rates == {
         id(p): 4e-3 if p is model[1].values else pytest.approx(1e-3) for p in model.parameters()
     }
+
+
+def test_a_learning_rate_that_follows_the_density():
+    model, patcher = patched_model()
+    patcher.add_pattern("1", {"density": 1.0, "block_shape": (16, 16)})
+    patcher.patch_model(model)
+    setting, step = re.split(r"^\.\.\.\n", GUIDE[5], flags=re.MULTILINE)
+    short = setting.replace("10_000", "10")
+    names = run(short, "pattern-optimisation.md", torch=torch, model=model)
+    optimizer, rates = names["optimizer"], []
+    for _ in range(10):
+        model(torch.arange(4)).square().mean().backward()
+        optimizer.step()
+        run(step, "pattern-optimisation.md", **names)
+        optimizer.zero_grad()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates[0] == [1e-3, 1e-3] and rates[-1] == [1e-3, 1e-3 / 0.25]
+    assert optimizer.param_groups[1]["params"] == [model[1].values]

@@ -89,7 +89,10 @@ class BlockMovement(Sparsifier):
             raise ValueError(f"floor: must be in (0, 1], got {floor}")
         if not penalty >= 0:
             raise ValueError(f"penalty: must not be negative, got {penalty}")
-        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.75, end)
+        begin, end = (
+            share_of(total_steps, 0.1, "begin", begin),
+            share_of(total_steps, 0.75, "end", end),
+        )
         if every is None:
             every = max(10, (end - begin) // 65)
         check_int("every", every)
@@ -125,7 +128,12 @@ class BlockMovement(Sparsifier):
         return self._by_layer(self._score)
 
     def compact(self) -> None:
-        """Frees the memory of masked blocks, for good. Makes new Parameters."""
+        """Frees the memory of masked blocks, for good. Makes new Parameters.
+
+        Raises:
+            RuntimeError: optimizer steps since the last :meth:`step`: masked blocks may have moved.
+        """
+        self._refuse_missed_steps()
         keep = self._joined(layer.alive for layer in self.layers)
         for layer in progress(self.layers, "Compacting"):
             self._aside[layer.name] = self._aside[layer.name][:0]

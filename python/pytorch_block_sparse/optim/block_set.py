@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import scores
 from .choose import lowest, random_sample
 from .layers import SparseLayer
-from .schedule import Cosine, Every, Schedule, check_share, share_of
+from .schedule import Cosine, Every, Schedule, check_int, check_share, share_of
 from .sparsifier import Sparsifier
 
 _SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg"}
@@ -77,9 +77,14 @@ class BlockSET(Sparsifier):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
-        end = share_of(total_steps, 0.5, end)
+        end = share_of(total_steps, 0.5, "end", end)
         if every is None:
             every = max(1, min(end // 4, max(100, end // self._updates)))
+        check_int("every", every)
+        if every < 1:
+            raise ValueError(f"every: must be at least 1, got {every}")
+        if not callable(drop):
+            check_share("drop", drop)
         if score not in scores.FROM_WEIGHTS:
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
         if second_moment not in ("zero", "mean"):

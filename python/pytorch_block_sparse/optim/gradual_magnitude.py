@@ -31,9 +31,10 @@ class GradualMagnitude(Sparsifier):
         model, optimizer, seed, only, process_group: see :class:`Sparsifier`.
         total_steps: T, the length of the training in real optimizer steps.
         density: of all layers together, at the end, in (0, 1].
-        begin, end: first and last step with an update; by default 0.1 T and 0.4 T: what is left
-            of the training is for the blocks that are left.
-        updates: number of updates.
+        begin, end: the steps between which the density falls; by default 0.1 T and 0.4 T: what is
+            left of the training is for the blocks that are left. The first update is an interval
+            after `begin`, the last at `end` or less than one before it.
+        updates: how many updates at most, all in the same interval of whole steps.
         compactions: at how many of them memory is freed; 0: never (then call :meth:`compact`).
         distribution: "erk" (small and oblong layers are kept denser), "uniform" (each layer has the
             same density), or "global" (blocks of all layers compete; each layer keeps at least
@@ -88,9 +89,11 @@ class GradualMagnitude(Sparsifier):
         if score != "relative" and score not in scores.FROM_WEIGHTS:
             known = ["relative", *scores.FROM_WEIGHTS]
             raise ValueError(f"score: must be one of {known}, got {score!r}")
-        begin, end = share_of(total_steps, 0.1, begin), share_of(total_steps, 0.4, end)
-        every = max(1, (end - begin) // updates)
-        last = begin + max(1, min(updates, (end - begin) // every)) * every
+        begin = share_of(total_steps, 0.1, "begin", begin)
+        end = share_of(total_steps, 0.4, "end", end)
+        # Rounded up: the last update is at `end`, or less than an interval before it.
+        every = max(1, -(-(end - begin) // updates))
+        last = begin + max(1, (end - begin) // every) * every
         self._progress = Cubic(1.0, 0.0, begin, min(end, last))  # (1 - progress)^3
         schedule = Every(every, begin + every, last)
         super().__init__(
@@ -112,7 +115,12 @@ class GradualMagnitude(Sparsifier):
                 )
 
     def compact(self) -> None:
-        """Frees the memory of all blocks held at zero. Makes new Parameters."""
+        """Frees the memory of all blocks held at zero. Makes new Parameters.
+
+        Raises:
+            RuntimeError: optimizer steps since the last :meth:`step`: such blocks may have grown.
+        """
+        self._refuse_missed_steps()
         for layer in progress(self.layers, "Compacting"):
             self._compact(layer)
 

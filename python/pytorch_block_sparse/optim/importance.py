@@ -187,6 +187,9 @@ class BlockImportance:
         if score in _FROM_INPUTS:
             if not self._inputs:
                 raise RuntimeError("activation: run the model inside calibration() first")
+            for name, inputs in self._inputs.items():
+                if not inputs.seen(self.process_group):
+                    raise RuntimeError(f"activation: {name} has had no input inside calibration()")
             return {
                 name: scores.activation(
                     layer.values, self._inputs[name].mean(self.process_group), layer.col_indices
@@ -261,6 +264,8 @@ class BlockImportance:
                 "plot: needs matplotlib (pip install pytorch_block_sparse[demo], or matplotlib)"
             ) from error
         names = list(self.layers) if names is None else names
+        if isinstance(names, str) or not names:
+            raise ValueError(f"names: must be a list of layers, one at least, got {names!r}")
         across = min(4, len(names))
         down = -(-len(names) // across)
         figure = Figure(figsize=(3.2 * across, 3.0 * down), layout="constrained")

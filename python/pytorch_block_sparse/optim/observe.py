@@ -77,6 +77,10 @@ class InputSquares:
             return torch.einsum("tci,tcj->cij", wide, wide), len(x)
         return nn.functional.pad(_squares(x), missing).view(self.sum.shape), len(x)
 
+    def seen(self, group: Any = None) -> int:
+        """How many tokens passed, on all ranks."""
+        return int(all_reduce_(self.tokens.clone(), group))
+
     def mean(self, group: Any = None) -> Tensor:
         """float64, the mean over the tokens of all ranks; 0 where none was seen."""
         return all_reduce_(self.sum.clone(), group) / all_reduce_(self.tokens.clone(), group).clamp(

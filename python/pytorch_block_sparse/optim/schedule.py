@@ -28,16 +28,18 @@ def check_int(name: str, value: int) -> None:
         raise ValueError(f"{name}: must be an int, got {value!r}")
 
 
-def share_of(total_steps: int, share: float, given: int | None = None) -> int:
-    """The step at which `share` of the training is done, unless another is given."""
+def share_of(total_steps: int, share: float, name: str, given: int | None = None) -> int:
+    """The step at which `share` of the training is done, unless another is given as `name`."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps: must be a positive int, got {total_steps!r}")
     if given is None:
         return int(share * total_steps)
-    check_int("begin, end", given)
+    check_int(name, given)
+    if given < 0:
+        raise ValueError(f"{name}: must not be negative, got {given}")
     if given > total_steps:
         warnings.warn(
-            f"begin, end: step {given} comes after the last one of the training, {total_steps}",
+            f"{name}: step {given} comes after the last one of the training, {total_steps}",
             stacklevel=4,
         )
     return given

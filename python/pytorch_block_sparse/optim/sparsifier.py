@@ -76,6 +76,8 @@ class Sparsifier:
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
+        if only is not None and not callable(only):
+            raise TypeError(f"only: must take a layer's name, got {type(only).__name__}")
         if optimizer is None and not self._acts_alone:
             raise TypeError("optimizer: must be a torch.optim.Optimizer, got None")
         self.schedule = schedule
@@ -151,11 +153,8 @@ class Sparsifier:
                     stacklevel=2,
                 )
             return None
-        if self._new_steps > 1:
-            raise RuntimeError(
-                f"{type(self).__name__}: the optimizer has made {self._new_steps} steps since the "
-                "last call of step(); call it after each optimizer.step()"
-            )
+        self._refuse_missed_steps(allowed=1)
+        self._check_counts()
         self._new_steps, self._calls_in_vain = 0, 0
         self.steps += 1
         with torch.no_grad():
@@ -187,8 +186,8 @@ class Sparsifier:
             ValueError: the state of another method, of other layers, or of another number of
                 blocks. Nothing is changed then.
         """
-        if state["method"] != type(self).__name__:
-            raise ValueError(f"state: is of {state['method']}, not of {type(self).__name__}")
+        if state.get("method") != type(self).__name__:
+            raise ValueError(f"state: is of {state.get('method')}, not of {type(self).__name__}")
         names, wanted = list(state["layers"]), [layer.name for layer in self.layers]
         if names != wanted:
             raise ValueError(f"state: is of the layers {names}, but this model has {wanted}")
@@ -270,6 +269,22 @@ class Sparsifier:
         """Blocks that are not alive stay zero, whatever the optimizer did to them."""
         hold_at_zero(self.layers)
 
+    def _refuse_missed_steps(self, allowed: int = 0) -> None:
+        if self._new_steps > allowed:
+            raise RuntimeError(
+                f"{type(self).__name__}: the optimizer has made {self._new_steps} steps since the "
+                "last call of step(); call it after each optimizer.step()"
+            )
+
+    def _check_counts(self) -> None:
+        for layer in self.layers:
+            if len(layer.alive) != layer.module.block_count:
+                raise RuntimeError(
+                    f"{layer.name}: has {layer.module.block_count} blocks, but "
+                    f"{type(self).__name__} knows {len(layer.alive)}: something else has changed "
+                    "their number, or its state is still to be loaded (load_state_dict)"
+                )
+
     def _refuse_compaction_under_ddp(self) -> None:
         replicas = (
             dist.get_world_size(self.process_group)
@@ -285,6 +300,7 @@ class Sparsifier:
     # --- inner works ------------------------------------------------------------------------------
 
     def _before_optimizer_step(self) -> None:
+        self._check_counts()
         with torch.no_grad():
             self._collect()
 
