@@ -213,7 +213,16 @@ def test_a_warning_if_wanda_removes_nothing():
         wanda.step()
 
 
+def test_a_warning_if_the_sparse_optimizer_replaces_nothing():
+    model = nn.Sequential(BlockSparseLinear(32, 32, density=0.5, block_shape=(8, 8)))
+    with pytest.warns(UserWarning, match="step 1 has replaced no block: in each layer lr is less"):
+        SparseOptimizer([model[0]], lr=0.1).step()  # of 8 blocks
+    SparseOptimizer([model[0]], lr=0.0).step()
+
+
 def test_sparse_optimizer_without_layers():
+    with pytest.raises(TypeError, match=r"got Sequential; SparseOptimizer.sparse_objects\(model\)"):
+        SparseOptimizer(mlp())
     with pytest.raises(ValueError, match="sparse_objects: must be at least one"):
         SparseOptimizer([])
     with pytest.raises(ValueError, match="new_coefficients_scale: must be finite"):

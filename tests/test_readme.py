@@ -32,7 +32,7 @@ GUIDE = blocks_of("docs/pattern-optimisation.md")
 
 def test_every_block_is_run_below():
     assert len(README) == 6
-    assert len(GUIDE) == 6  # the third one shows a result
+    assert len(GUIDE) == 9  # the third one shows a result
 
 
 # --- README.md ------------------------------------------------------------------------------------
@@ -187,3 +187,23 @@ def test_a_learning_rate_that_follows_the_density():
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert rates[0] == [1e-3, 1e-3] and rates[-1] == [1e-3, 1e-3 / 0.25]
     assert optimizer.param_groups[1]["params"] == [model[1].values]
+
+
+def test_by_hand(capsys):
+    model, patcher = patched_model()
+    patcher.patch_model(model)
+    names = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    before, ids = model[1].pattern.mask(), torch.arange(8).reshape(2, 4)
+    run(GUIDE[6], "pattern-optimisation.md", **names)
+    after = model[1].pattern.mask()
+    assert before.sum() == 4 and 2 <= after.sum() <= 3 and (before != after).any()
+    seen = run(GUIDE[7], "pattern-optimisation.md", **names, ids=ids)
+    assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 0.5
+    assert seen["blocks"].shape == (len(seen["gradients"]), 2) and seen["gradients"].any()
+    assert model[1].block_count == 2
+    sparsifier = run(GUIDE[8], "pattern-optimisation.md", **names)["sparsifier"]
+    before = model[1].pattern.mask()
+    model(ids).square().mean().backward()
+    names["optimizer"].step()
+    assert sparsifier.step()["churn"] == 0.5
+    assert (before & model[1].pattern.mask()).sum() == 1

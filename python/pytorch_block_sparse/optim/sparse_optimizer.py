@@ -5,6 +5,7 @@ of the methods.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -90,11 +91,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         if unknown:
             raise ValueError(f"param_group: unknown {sorted(unknown)}; known are {sorted(known)}")
         layers = param_group["sparse_objects"]
-        layers = [layers] if isinstance(layers, BlockSparseLinear) else list(layers)
+        layers = [layers] if isinstance(layers, nn.Module) else list(layers)
         for layer in layers:
             if not isinstance(layer, BlockSparseLinear):
                 raise TypeError(
-                    f"sparse_objects: must be BlockSparseLinear, got {type(layer).__name__}"
+                    f"sparse_objects: must be BlockSparseLinear, got {type(layer).__name__}; "
+                    "SparseOptimizer.sparse_objects(model) lists those of a model"
                 )
         if not layers:
             raise ValueError("sparse_objects: must be at least one BlockSparseLinear, got none")
@@ -123,13 +125,19 @@ class SparseOptimizer(torch.optim.Optimizer):
             ValueError: optimizers are attached, but none of them trains a layer's values.
         """
         self.steps += 1
-        number = 0
+        number = replaced = 0
         for group in self.param_groups:
             for layer in group["sparse_objects"]:
-                self._replace(layer, group, number)
+                replaced += self._replace(layer, group, number)
                 number += 1
+        if not replaced and any(group["lr"] > 0 for group in self.param_groups):
+            warnings.warn(
+                f"SparseOptimizer: step {self.steps} has replaced no block: in each layer lr is "
+                "less than one block's share, or no block is absent",
+                stacklevel=2,
+            )
 
-    def _replace(self, layer: BlockSparseLinear, group: dict[str, Any], number: int) -> None:
+    def _replace(self, layer: BlockSparseLinear, group: dict[str, Any], number: int) -> int:
         trainer = next((o for o in self.attached_optimizers if holds(o, layer.values)), None)
         if self.attached_optimizers and trainer is None:
             raise ValueError("attach_optimizer: no attached optimizer trains the values of a layer")
@@ -139,6 +147,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         norms = without_nan(scores.l1(layer.values), f"sparse_objects[{number}]")
         new_values = _draw(layer.values, len(ids), group, source)
         replace_blocks_(layer.weight, lowest(norms, len(ids)), ids, trainer, new_values)
+        return len(ids)
 
     def state_dict(self) -> dict[str, Any]:
         """The options of the groups and the number of steps; not the layers themselves."""
