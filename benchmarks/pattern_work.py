@@ -3,9 +3,9 @@
 Usage: python benchmarks/pattern_work.py [--device cuda] [--json FILE]
 
 A Llama-like decoder with random tokens. For each method two models, patched alike, train in turn in
-one process; one of them has the method, put into the middle of its schedule at its own cadence. A
-window is a whole number of updates, so that all is in it. Both compute with the same number of
-blocks: nothing is freed inside the windows.
+one process; one of them has the method at its own cadence, put to one or more steps of its
+schedule, each of which stands for a part of the training. A window is a whole number of updates, so
+that all is in it. Both compute with the same number of blocks: nothing is freed inside the windows.
 
 The work itself is timed: `sparsifier.step()`, what it collects before a step of the optimizer, and
 the hooks that watch a backward. On a GPU each of these waits for the device before and after, so
@@ -13,13 +13,14 @@ nothing of it overlaps with the training, as it would: the figure is an upper bo
 the time of the processor, with one thread, since other processes disturb it least. The difference
 between the two models, whole windows of them, is what it must agree with, but for the noise.
 
-The share of the whole training is that of the windows times the part of the training in which the
-method is at work, and compaction (6 times or once in a training, timed apart) over `--steps`.
-Figures are medians over the windows, `+-` is how far the windows are from them.
+The share of the whole training is that of the windows, each times the part of the training that it
+stands for, and compaction (6 times or once in a training, timed apart) over `--steps`. Figures are
+medians over the windows, `+-` is how far the windows are from them.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -42,12 +43,40 @@ from pytorch_block_sparse.optim import (
 )
 from pytorch_block_sparse.optim.observe import GradientWatcher
 
-# density at the start, how to make it, at which share of the training, compactions of a training
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is measured at a step stands for so much of the training."""
+
+    at: float  # of the training
+    share: float
+    alive: float | None = None  # of movement: so many blocks are over its threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    density: float  # that the model is patched at
+    method: type[Sparsifier]
+    options: dict
+    parts: tuple[Part, ...]
+    compactions: int = 0
+
+
 METHODS = {
-    "SET": (0.25, BlockSET, {}, 0.25, 0),
-    "RigL": (0.25, BlockRigL, {}, 0.25, 0),
-    "gradual": (1.0, GradualMagnitude, {"density": 0.25, "compactions": 0}, 0.25, 6),
-    "movement": (1.0, BlockMovement, {"floor": 0.25, "compact": False}, 0.4, 1),
+    "SET": Case(0.25, BlockSET, {}, (Part(0.25, 0.5),)),
+    "RigL": Case(0.25, BlockRigL, {}, (Part(0.25, 0.5),)),
+    "gradual": Case(
+        1.0, GradualMagnitude, {"density": 0.25, "compactions": 0}, (Part(0.25, 0.3),), 6
+    ),
+    # Scores are stepped before the threshold rises too. How dense it is, is the loss's to say: here
+    # it comes to its floor.
+    "movement": Case(
+        1.0,
+        BlockMovement,
+        {"floor": 0.25, "compact": False},
+        (Part(0.05, 0.1), Part(0.2, 0.2, 0.75), Part(0.4, 0.2, 0.5), Part(0.65, 0.25, 0.2)),
+        1,
+    ),
 }
 SIZES = {
     "cuda": {"hidden": 2048, "layers": 2, "tokens": 8192, "block": 32, "rounds": 2},
@@ -129,14 +158,16 @@ class Training:
         self.stopwatch.on = False
         return self.stopwatch.seconds
 
-    def jump(self, step):
-        """To the step before an update, the last one before `step`, and makes that update."""
+    def jump(self, step, alive):
+        """To the step before one with an update, the last one before `step`, and makes that one."""
         every, begin = self.sparsifier.schedule.interval, self.sparsifier.schedule.begin
         state = self.sparsifier.state_dict()
         state["steps"] = step - (step - begin) % every - 1
-        for layer in state["layers"].values():
-            if "score" in layer:  # of movement: a quarter of the blocks is under the threshold
-                layer["score"].normal_(-0.5, 3.0)
+        if alive is not None:
+            threshold = torch.tensor(self.sparsifier.tau(step)).logit()
+            below = 3 * torch.special.ndtri(torch.tensor(1 - alive))
+            for layer in state["layers"].values():
+                layer["score"].normal_(float(threshold - below), 3)
         self.sparsifier.load_state_dict(state)
         return self.steps(1)
 
@@ -148,42 +179,63 @@ class Training:
 
 
 def measure(args, name):
-    density, method, options, where, compactions = METHODS[name]
-    plain = Training(args, density)
-    ours = Training(args, density, lambda m, o: method(m, o, args.steps, **options))
-    every = ours.sparsifier.schedule.interval
+    case = METHODS[name]
+    plain = Training(args, case.density)
+    ours = Training(args, case.density, lambda m, o: case.method(m, o, args.steps, **case.options))
     plain.steps(5)
     ours.steps(5)
-    ours.jump(int(where * args.steps))
-    count = every * -(-args.window // every)
+    parts = [measure_part(args, part, ours, plain) for part in case.parts]
+    compaction = ours.compact() if case.compactions else 0.0
+    compacting = case.compactions * compaction / (args.steps * parts[0]["step_ms"] / 1e3)
+
+    active = sum(part["share"] for part in parts)
+
+    def whole(figure):
+        return sum(part["share"] * part[figure] for part in parts)
+
+    return {
+        "method": name,
+        "parts": parts,
+        "step_ms": parts[0]["step_ms"],
+        "work_ms": whole("work_ms") / active,
+        "update_every": ours.sparsifier.schedule.interval,
+        "compaction_ms": 1e3 * compaction,
+        "active": active,
+        "share": whole("measured") + compacting,
+        "spread": whole("spread"),
+        "difference": whole("difference") + compacting,
+        "difference_spread": whole("difference_spread"),
+    }
+
+
+def measure_part(args, part, ours, plain):
+    schedule = ours.sparsifier.schedule
+    ours.jump(round(part.at * args.steps), part.alive)
+    known, before = len(ours.sparsifier.log), ours.sparsifier.steps
+    count = schedule.interval * -(-args.window // schedule.interval)
     with_it, without, work = [], [], []
     for _ in range(args.rounds):
         with_it.append(ours.steps(count) / count)
         without.append(plain.steps(count) / count)
         work.append(ours.work(count) / count)
-    updates = [entry["step"] for entry in ours.sparsifier.log]
-    assert len(updates) == 1 + 2 * args.rounds * count // every, updates
-    compaction = ours.compact() if compactions else 0.0
-    schedule, total = ours.sparsifier.schedule, args.steps
-    active = (schedule.end - schedule.begin) / total
+    updates = [entry["step"] for entry in ours.sparsifier.log[known:]]
+    made = range(before + 1, ours.sparsifier.steps + 1)
+    assert updates == [step for step in made if schedule.due(step)], updates
     step = statistics.median(without)
-    compacting = compactions * compaction / (total * step)
     measured, spread = around([seconds / step for seconds in work])
     difference, noise = around([a / b - 1 for a, b in zip(with_it, without, strict=True)])
     return {
-        "method": name,
+        "at": part.at,
+        "share": part.share,
         "step_ms": 1e3 * step,
         "work_ms": 1e3 * statistics.median(work),
-        "update_every": every,
-        "steps_measured": args.rounds * count,
-        "density_in_the_end": ours.sparsifier.density(),
-        "compaction_ms": 1e3 * compaction,
-        "active": active,
-        "share_while_active": measured,
-        "share": active * measured + compacting,
-        "spread": active * spread,
-        "difference": active * difference + compacting,
-        "difference_spread": active * noise,
+        "steps_measured": 2 * args.rounds * count,
+        "updates": len(updates),
+        "density": ours.sparsifier.density(),
+        "measured": measured,
+        "spread": spread,
+        "difference": difference,
+        "difference_spread": noise,
     }
 
 
