@@ -154,7 +154,6 @@ class Sparsifier:
                 )
             return None
         self._refuse_missed_steps(allowed=1)
-        self._check_counts()
         self._new_steps, self._calls_in_vain = 0, 0
         self.steps += 1
         with torch.no_grad():
@@ -277,6 +276,7 @@ class Sparsifier:
             )
 
     def _check_counts(self) -> None:
+        """Not in every step: it takes longer than what is done in most of them."""
         for layer in self.layers:
             if len(layer.alive) != layer.module.block_count:
                 raise RuntimeError(
@@ -300,7 +300,6 @@ class Sparsifier:
     # --- inner works ------------------------------------------------------------------------------
 
     def _before_optimizer_step(self) -> None:
-        self._check_counts()
         with torch.no_grad():
             self._collect()
 
@@ -308,6 +307,7 @@ class Sparsifier:
         self._new_steps += 1
 
     def _run_update(self) -> dict[str, Any]:
+        self._check_counts()
         before = [layer.alive_count for layer in self.layers]
         self._nan = []
         changed = self._update()
