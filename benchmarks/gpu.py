@@ -269,7 +269,8 @@ def main(argv=None):
     if args.plot:
         import gpu_plots  # wants matplotlib, which the measurements do not
 
-        gpu_plots.plot(results, torch.cuda.get_device_name(), args.plot)
+        about = {"gpu": torch.cuda.get_device_name(), "dtype": args.dtype}
+        gpu_plots.plot(results, about, args.plot)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ PRODUCTS = ["forward", "grad_input", "grad_weight"]
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second, from NVIDIA's data sheets
 
 
-def plot(results, gpu, path):
-    """Of the first shape among them."""
-    shape = (results[0]["out"], results[0]["in"])
-    results = [row for row in results if (row["out"], row["in"]) == shape]
+def plot(results, about, path):
+    """Of the first shape and kind of pattern among them. `about`: the GPU and the dtype."""
+    first = [results[0][name] for name in ("out", "in", "pattern")]
+    results = [row for row in results if [row[n] for n in ("out", "in", "pattern")] == first]
     by_tokens = len({row["tokens"] for row in results}) > 1
-    figure = over_tokens(results, gpu) if by_tokens else over_density(results)
+    figure = over_tokens(results, **about) if by_tokens else over_density(results)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -71,11 +71,12 @@ def over_density(results):
     return figure
 
 
-def over_tokens(results, gpu):
-    """Time of 16-bit elements, a line for each block size, with what memory allows."""
+def over_tokens(results, gpu, dtype):
+    """Time, a line for each block size, with what memory allows."""
     density = results[0]["density"]
     results = [row for row in results if row["density"] == density]
     figure, drawn = panels(results, f"{gpu}, density {density:g}")
+    size = 4 if dtype == "float32" else 2
     bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in gpu), None)
     for axis, rows in drawn:
         for name, points in lines(rows, "tokens", "ours_us"):
@@ -87,7 +88,9 @@ def over_tokens(results, gpu):
         for share, of, style in ((1, "dense", "--"), (density, "ours", ":")):
             if bandwidth is None:
                 continue
-            least = [2e6 * (out * into * share + n * (out + into)) / bandwidth for n in tokens]
+            least = [
+                1e6 * size * (out * into * share + n * (out + into)) / bandwidth for n in tokens
+            ]
             axis.plot(tokens, least, style, color="gray", label=f"memory's limit, {of}")
         axis.set(xlabel="tokens", ylim=(4, None))
         ticks(axis, [n for n in tokens if n & (n - 1) == 0])
@@ -107,7 +110,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     files = [json.loads(path.read_text()) for path in args.results]
     rows = [row for file in files for row in file["results"]]
-    plot(rows, files[0]["about"]["gpu"], args.plot)
+    about = {name: files[0]["about"][name] for name in ("gpu", "dtype")}
+    plot(rows, about, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,12 @@
-// One warp sums one block. The tensors travel in the parameters of the launch.
-#include <algorithm>
-
+// One warp sums one block.
+#include "cuda/batches.cuh"
 #include "cuda/dots.h"
-#include "cuda/launch.h"
 
 namespace block_sparse::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kBlocksPerCta = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr unsigned kMaxCtas = 1024;  // for one tensor: about what an H100 holds at once
-constexpr size_t kTensors = 64;      // of a launch, whose parameters are at most 4 KB
-
-struct Batch {
-  BlockDots tensors[kTensors];
-};
-static_assert(sizeof(Batch) <= 4096);
 
 // What a lane loads at once: 16 bytes, or one element where blocks are not aligned to that.
 template <class T, int size>
@@ -43,7 +32,8 @@ __device__ auto lane_sum(const T* a, const T* b, int64_t elements) {
 
 // Row y of the grid is tensor y.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kBatchThreads)
+    dots_kernel(const __grid_constant__ Batch<BlockDots> batch) {
   using Sum = typename Traits<T>::Accumulate;
   constexpr int size = 16 / sizeof(T);
   const BlockDots& tensor = batch.tensors[blockIdx.y];
@@ -68,21 +58,13 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const __grid_constant__ 
 }  // namespace
 
 void block_dots(Dtype dtype, std::span<const BlockDots> tensors, void* stream) {
-  for (; !tensors.empty(); tensors = tensors.subspan(std::min(kTensors, tensors.size()))) {
-    const auto some = tensors.first(std::min(kTensors, tensors.size()));
-    Batch batch{};
-    std::copy(some.begin(), some.end(), batch.tensors);
-    int64_t most = 0;
-    for (const BlockDots& tensor : some) most = std::max(most, tensor.count);
-    if (most == 0) continue;
-    const unsigned ctas = std::min(ctas_for(most, kBlocksPerCta), kMaxCtas);
-    const dim3 grid(ctas, static_cast<unsigned>(some.size()));
+  launch_in_batches(tensors, [&](dim3 grid, const Batch<BlockDots>& batch) {
     visit(dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      dots_kernel<T><<<grid, kThreads, 0, stream_of(stream)>>>(batch);
+      dots_kernel<T><<<grid, kBatchThreads, 0, stream_of(stream)>>>(batch);
     });
     check_cuda(cudaGetLastError(), "block_dots");
-  }
+  });
 }
 
 }  // namespace block_sparse::cuda

@@ -54,6 +54,8 @@ Tensor grad_weight(const Tensor& grad_output, const Tensor& input, const Tensor&
 Tensor with_walks(const Tensor& index, int64_t block_rows, int64_t block_cols, int64_t nnz,
                   int64_t block_out, int64_t block_in);
 void zero_blocks(const std::vector<Tensor>& values, const std::vector<Tensor>& blocks);
+// Of a list of blocks by number, on the device of `like`; which blocks there are is not looked at.
+const int64_t* block_numbers(const Tensor& blocks, const Tensor& like);
 std::string explain(const Tensor& values, std::string product, int64_t tokens, int64_t out_features,
                     int64_t in_features, bool bias, bool packed,
                     const std::optional<Tensor>& input);

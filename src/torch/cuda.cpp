@@ -185,10 +185,6 @@ Tensor block_dots(const std::vector<Tensor>& values, const std::vector<Tensor>& 
           describe(values[i]));
     check_blocks("values", values[i], values[i], values[i].size(0));
     check_blocks("others", others[i], values[i], values[i].size(0));
-    check(blocks[i].dim() == 1 && blocks[i].is_contiguous() &&
-              blocks[i].scalar_type() == torch::headeronly::ScalarType::Long,
-          "blocks: must be contiguous int64 [n], got ", describe(blocks[i]));
-    check_same_device("blocks", blocks[i], "values", first);
     check_blocks("instead", instead[i], values[i], blocks[i].numel());
     total += values[i].size(0);
   }
@@ -203,9 +199,8 @@ Tensor block_dots(const std::vector<Tensor>& values, const std::vector<Tensor>& 
     const int64_t elements = values[i].size(1) * values[i].size(2);
     const void* other = others[i].const_data_ptr();
     all.push_back({values[i].const_data_ptr(), other, nullptr, to, nnz, nnz, elements});
-    replaced.push_back({instead[i].const_data_ptr(), other,
-                        static_cast<const int64_t*>(blocks[i].const_data_ptr()), to, count, nnz,
-                        elements});
+    replaced.push_back({instead[i].const_data_ptr(), other, block_numbers(blocks[i], first), to,
+                        count, nnz, elements});
     to += nnz * static_cast<int64_t>(sums.element_size());
   }
   void* stream = current_stream(first.get_device_index());

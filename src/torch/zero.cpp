@@ -1,8 +1,17 @@
-// The op zero_blocks_: checks its tensors and hands their memory to the device.
+// The op zero_blocks_: checks its tensors and hands their memory to the device. And what it shares
+// with block_dots.
 #include "binding.h"
 #include "block_sparse/check.h"
 
 namespace block_sparse::binding {
+
+const int64_t* block_numbers(const Tensor& blocks, const Tensor& like) {
+  check(blocks.dim() == 1 && blocks.is_contiguous() &&
+            blocks.scalar_type() == torch::headeronly::ScalarType::Long,
+        "blocks: must be contiguous int64 [n], got ", describe(blocks));
+  check_same_device("blocks", blocks, "values", like);
+  return static_cast<const int64_t*>(blocks.const_data_ptr());
+}
 
 void zero_blocks(const std::vector<Tensor>& values, const std::vector<Tensor>& blocks) {
   check(!values.empty() && values.size() == blocks.size(), "blocks: has ", blocks.size(),
@@ -13,16 +22,11 @@ void zero_blocks(const std::vector<Tensor>& values, const std::vector<Tensor>& b
     const Tensor &tensor = values[i], &which = blocks[i];
     check(tensor.dim() == 3 && tensor.is_contiguous(),
           "values: must be contiguous [nnz, block_out, block_in], got ", describe(tensor));
-    check(which.dim() == 1 && which.is_contiguous() &&
-              which.scalar_type() == torch::headeronly::ScalarType::Long,
-          "blocks: must be contiguous int64 [n], got ", describe(which));
     check_same_device("values", tensor, "the first of them", values[0]);
-    check_same_device("blocks", which, "values", values[0]);
     const int64_t bytes =
         tensor.size(1) * tensor.size(2) * static_cast<int64_t>(tensor.element_size());
-    tensors.push_back({tensor.mutable_data_ptr(),
-                       static_cast<const int64_t*>(which.const_data_ptr()), tensor.size(0), bytes,
-                       which.numel()});
+    const int64_t* numbers = block_numbers(which, values[0]);
+    tensors.push_back({tensor.mutable_data_ptr(), numbers, tensor.size(0), bytes, which.numel()});
   }
   Device::zero_blocks(tensors, values[0]);
 }
