@@ -186,6 +186,67 @@ def test_captured_by_a_cuda_graph(product):
     assert torch.equal(result.cpu(), expected)
 
 
+class Chain:
+    """Calls each of which reads what the one before wrote; its values and its index were written
+    just before, too."""
+
+    def __init__(self, tokens, block_shape, seed):
+        torch.manual_seed(seed)
+        self.sizes = (1024, 2048)
+        grid = [size // side for size, side in zip(self.sizes, block_shape, strict=True)]
+        mask = skewed(torch.zeros(grid, dtype=torch.bool))
+        patterns = [
+            Pattern.from_mask(some, shape=self.sizes, block_shape=block_shape)
+            for some in (mask, mask.roll((1, 1), (0, 1)), mask.flip(0))
+        ]
+        shape = (patterns[0].nnz, *block_shape)
+        self.indices = [pattern.index.cuda() for pattern in patterns]
+        self.weights = [torch.randn(shape, device="cuda").bfloat16() / 32 for _ in patterns]
+        self.index, self.values = self.indices[0].clone(), self.weights[0].clone()
+        self.x = torch.randn(tokens, self.sizes[1], device="cuda").bfloat16()
+
+    def run(self, between=lambda: None):
+        x, results = self.x, []
+        for index, values in zip(self.indices, self.weights, strict=True):
+            self.values.copy_(values)
+            self.index.copy_(index)
+            between()
+            y = block_sparse.forward(x, self.values, self.index, None, self.sizes[0])
+            between()
+            x = block_sparse.grad_input(y, self.values, self.index, self.sizes[1])
+            between()
+            results += [y, x]
+        return torch.cat(results, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("block_shape", [(128, 128), (32, 32), (16, 16)], ids=str)
+def test_calls_that_follow_each_other(block_shape, tokens):
+    chain = Chain(tokens, block_shape, seed=0)
+    expected = chain.run(between=torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(chain.run(), expected)
+
+
+@pytest.mark.parametrize("block_shape", [(128, 128), (32, 32)], ids=str)
+def test_graphs_again_and_again_on_several_streams(block_shape):
+    chains = [Chain(8, block_shape, seed) for seed in range(3)]
+    expected = [chain.run(between=torch.cuda.synchronize) for chain in chains]
+    graphs = [captured(chain.run) for chain in chains]
+    streams = [torch.cuda.Stream() for _ in chains]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream, (graph, result) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                result.fill_(float("nan"))
+                for _ in range(10):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for (_, result), right in zip(graphs, expected, strict=True):
+            assert torch.equal(result, right)
+
+
 @pytest.mark.parametrize(
     ("tokens", "block_shape", "dtype", "reason"),
     [

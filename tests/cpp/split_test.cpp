@@ -160,5 +160,22 @@ TEST(FewTokens, AreComparedWithSplitSumsWhereTheseRun) {
   EXPECT_TRUE(skinny::is_fastest(desc, plan, 132, false));
 }
 
+// Every strip of a block belongs to one CTA of each team, and a multiprocessor has one CTA.
+TEST(FewTokens, TeamsOfCtasHaveAllStrips) {
+  for (const Product side : {Product::forward, Product::grad_input}) {
+    for (const int64_t block : {16, 32, 48, 64, 96, 112, 128, 256}) {
+      for (const int64_t tokens : {1, 16, 32, 64}) {
+        for (const int multiprocessors : {1, 7, 108, 132}) {
+          const skinny::Plan plan =
+              skinny::plan_of(product(side, tokens, 14336, 4096, block), multiprocessors);
+          EXPECT_EQ(plan.team_ctas * plan.strips_per_cta * plan.unit_outputs, block);
+          EXPECT_LE(plan.ctas(), multiprocessors);
+          EXPECT_EQ(plan.teams > 0, plan.warps_per_strip > 0);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace block_sparse::cuda::sm90::strips

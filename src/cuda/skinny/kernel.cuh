@@ -1,13 +1,15 @@
 // The few-token kernel: W is read once and in order, x as often as its blocks meet it (from the
 // caches), sums stay in registers.
 //
-// The units of all blocks, in the order of the outputs, are split evenly: among CTAs, and a CTA's
-// among the warps of each strip. So a row of blocks may end in the middle of a warp's share, and
-// may go on in the next. What a warp has of a row that an earlier warp began, it leaves in shared
-// memory; who began it adds those parts in order. What a CTA has of a row that it did not begin or
-// does not end goes to workspace, for finish.cuh. No atomics: the same bits every run.
+// The units of all blocks, in the order of the outputs, are split evenly: among teams of CTAs, each
+// of which has other strips of the team's blocks, and a CTA's among the warps of each strip. So a
+// row of blocks may end in the middle of a warp's share, and may go on in the next. What a warp has
+// of a row that an earlier warp began, it leaves in shared memory; who began it adds those parts in
+// order. What a CTA has of a row that it does not end goes through workspace to the CTA that does:
+// exchange.cuh. No atomics: the same bits every run.
 #pragma once
 
+#include "cuda/skinny/exchange.cuh"
 #include "cuda/skinny/multiply.cuh"
 #include "cuda/skinny/store.cuh"
 #include "cuda/skinny/stream.cuh"
@@ -27,6 +29,11 @@ struct Shared {
   Ring<C> rings[C::kWarps];
   float4 parts[C::kWarps][C::kSums];
   Link links[C::kWarps];
+  // Of the row that the CTA begins with, where an earlier one began it: whether it ends here; then
+  // which it is, and parts[first warp of a strip] has the sums of this CTA. Or it may go on.
+  bool ends;
+  bool passes;
+  int row;
 };
 
 template <class C>
@@ -37,51 +44,77 @@ class Worker {
         shared_(shared),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
+        work_(params, blockIdx.x),
         strip_(params.warps_per_strip.quotient(warp_)),
-        cta_(units_of_cta(params, blockIdx.x)),
         mine_(strip_ < params.strips
-                  ? share_of(cta_, warp_ - strip_ * params.warps_per_strip.divisor(),
+                  ? share_of(work_.units, warp_ - strip_ * params.warps_per_strip.divisor(),
                              params.warps_per_strip)
-                  : Range{0, 0}) {}
+                  : Range{0, 0}),
+        places_(params, mine_, lane_) {}
 
-  __device__ void prefetch() const { skinny::prefetch<C>(params_, mine_, strip_, lane_); }
+  __device__ void prefetch() const {
+    skinny::prefetch<C>(params_, mine_, work_.strip + strip_, lane_);
+  }
 
   __device__ void run() {
     sums_.clear();
     Link link = Link::empty;
-    if (mine_.begin < mine_.end) link = multiply();
+    if (mine_.begin < mine_.end) {
+      link = multiply();
+    } else {
+      store_empty_rows<C>(params_, warp_, lane_);
+    }
     if (lane_ == 0) shared_.links[warp_] = link;
     __syncthreads();
     if (mine_.begin < mine_.end && link != Link::passes) finish_last_row();
+    if (!shared_.ends) return;
+    __syncthreads();
+    if (strip_ >= params_.strips) return;
+    const int warps = params_.warps_per_strip.divisor();
+    RowFromBefore<C>(params_, shared_.parts[strip_ * warps], strip_, warp_ - strip_ * warps, lane_)
+        .end(first_output(shared_.row));
   }
 
  private:
   __device__ Link multiply() {
     const int units = mine_.end - mine_.begin;
-    Places<C> places(params_, mine_, lane_);
-    Stream<C> stream(params_, places, shared_.rings[warp_], units, strip_, lane_);
-    places.look_up_rest();
-    const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
-    if (cta_.end < params_.units) row_of_next_cta_ = row_of<C>(params_, cta_.end);
-    bool first = true;  // still in the row that the share began with
-    row_ = places.row(0);
-    const bool goes_on = row_before == row_;
-    const bool from_cta = goes_on && mine_.begin == cta_.begin;
-    const bool from_warp = goes_on && !from_cta;
-    if (from_cta) target_ = workspace(params_.continued);
-    if (from_warp) target_ = shared_.parts[warp_];
-    for (int unit = 0; unit < units; unit += C::kUnits) {
-      places.advance(unit);
-      Multiply<C> products[C::kUnits];  // x is on its way while the stage is waited for
+    Stream<C> stream(params_, places_, shared_.rings[warp_], units, work_.strip + strip_, lane_);
+    Multiply<C> products[C::kUnits];
+    const auto load_x = [&](int unit) {
 #pragma unroll
       for (int i = 0; i < C::kUnits; ++i) {
-        if (unit + i < units) products[i].load(params_, places.depth(unit + i), lane_);
+        if (unit + i < units) products[i].load(params_, places_.depth(unit + i), lane_);
       }
+    };
+    load_x(0);
+    if constexpr (C::kEarly) {
+      const Places<C> now(params_, mine_, lane_);
+      if (!places_.equal(now)) [[unlikely]] {
+        places_.replace(now);
+        stream.begin_again();
+        load_x(0);
+      }
+    }
+    store_empty_rows<C>(params_, warp_, lane_);
+    const int row_before = mine_.begin > 0 ? row_of<C>(params_, mine_.begin - 1) : -1;
+    if (work_.units.end < params_.units) row_after_ = row_of<C>(params_, work_.units.end);
+    bool first = true;  // still in the row that the share began with
+    row_ = places_.row(0);
+    const bool goes_on = row_before == row_;
+    const bool from_cta = goes_on && mine_.begin == work_.units.begin;
+    const bool from_warp = goes_on && !from_cta;
+    if (goes_on) target_ = shared_.parts[warp_];
+    if (warp_ == 0 && lane_ == 0) {
+      shared_.row = row_;
+      shared_.passes = from_cta && row_after_ == row_;
+      shared_.ends = from_cta && row_after_ != row_;
+    }
+    for (int unit = 0;;) {
       const typename Stream<C>::Stage& tiles = stream.next();
 #pragma unroll
       for (int i = 0; i < C::kUnits; ++i) {
         if (unit + i >= units) break;
-        const int row = places.row(unit + i);
+        const int row = places_.row(unit + i);
         if (row != row_) {
           put_sums();
           sums_.clear();
@@ -91,6 +124,10 @@ class Worker {
         }
         products[i].add_to(sums_, tiles[i], lane_);
       }
+      unit += C::kUnits;
+      if (unit >= units) break;
+      places_.advance(unit);
+      load_x(unit);  // is on its way while the stage is waited for
     }
     if (!from_warp) return Link::none;
     if (!first) return Link::ends;
@@ -108,13 +145,12 @@ class Worker {
       if (link != Link::empty) sums_.add(shared_.parts[warp], lane_);
       if (link == Link::ends) break;
     }
-    const bool to_next_cta = warp == end && row_of_next_cta_ == row_;
-    if (target_ == nullptr && to_next_cta) target_ = workspace(params_.begun);
-    put_sums();
-  }
-
-  __device__ float4* workspace(float4* parts) const {
-    return parts + (int64_t{blockIdx.x} * params_.strips + strip_) * C::kSums;
+    if (warp == end && row_after_ == row_) {
+      publish<C>(params_, sums_, strip_, lane_,
+                 shared_.passes ? Origin::from_before : Origin::begun_here);
+    } else {
+      put_sums();
+    }
   }
 
   // In place, though the code is long: a function would take the sums through local memory.
@@ -124,30 +160,36 @@ class Worker {
           [&](float4& sums, int i, int j) { target_[(i * C::kWide + j) * 32 + lane_] = sums; });
       return;
     }
-    const int output = row_ * params_.block_outputs + strip_ * C::kOutputs;
-    sums_.for_each([&](float4& sums, int i, int j) {
-      store<C>(params_, 8 * j, output + 16 * i, sums, lane_);
-    });
+#pragma unroll
+    for (int i = 0; i < C::kHigh; ++i) {
+      const Outputs<C> outputs(params_, first_output(row_) + 16 * i, lane_);
+#pragma unroll
+      for (int j = 0; j < C::kWide; ++j) outputs.store(j, sums_.of[i][j]);
+    }
+  }
+
+  __device__ int first_output(int row) const {
+    return row * params_.block_outputs + (work_.strip + strip_) * C::kOutputs;
   }
 
   const Params& params_;
   Shared<C>& shared_;
   const int warp_;
   const int lane_;
-  const int strip_;
-  const Range cta_;
+  const Work work_;
+  const int strip_;  // of those of the CTA
   const Range mine_;
+  Places<C> places_;  // the kernel before may have written the index since they were looked up
   Sums<C> sums_;
   int row_ = 0;
-  int row_of_next_cta_ = -1;  // the one that it begins with
-  float4* target_ = nullptr;  // of the sums of row_; null: the output
+  int row_after_ = -1;        // where the next team begins
+  float4* target_ = nullptr;  // in shared memory, of the sums of row_; null: the output
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, 1)
     skinny_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  if constexpr (!C::kEarly) ptx::let_next_kernel_start();
   Worker<C> worker(params, *reinterpret_cast<Shared<C>*>(shared));
   if constexpr (C::kEarly) {
     worker.prefetch();

@@ -1,12 +1,11 @@
-// Launches the two kernels of a few-token product: what it asks for becomes their parameters. Host
-// code.
+// Launches the kernel of a few-token product: what it asks for becomes its parameters. Host code.
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <random>
 
 #include "cuda/launch.h"
-#include "cuda/skinny/finish.cuh"
 #include "cuda/skinny/kernel.cuh"
 #include "cuda/skinny/launch.h"
 #include "cuda/skinny/plan.h"
@@ -15,6 +14,15 @@ namespace block_sparse::cuda::skinny {
 
 // From Hopper on.
 inline bool can_start_early() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+// Even, and by no other launch of this process, or what memory may happen to contain.
+inline uint64_t number_of_launch() {
+  static std::atomic<uint64_t> next = [] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random();
+  }();
+  return 2 * next.fetch_add(1, std::memory_order_relaxed);
+}
 
 inline Params params_of(const ProductDesc& desc, const ProductArgs& args, const Plan& plan) {
   const PatternView& pattern = args.weight.pattern;
@@ -43,13 +51,14 @@ inline Params params_of(const ProductDesc& desc, const ProductArgs& args, const 
   params.block_depth = static_cast<int>(plan.block_depth);
   params.block_size = desc.block.out * desc.block.in;
   params.block_pitch = static_cast<int>(desc.block.in);
-  params.strips = static_cast<int>(plan.strips);
+  params.strips = static_cast<int>(plan.strips_per_cta);
   params.depth_units = Divider(static_cast<int>(plan.block_depth / plan.unit_depth));
   params.units = static_cast<int>(plan.units);
   params.warps_per_strip = Divider(static_cast<int>(plan.warps_per_strip));
-  params.ctas = Divider(static_cast<int>(plan.ctas));
-  params.continued = static_cast<float4*>(args.workspace);
-  params.begun = params.continued + plan.parts(desc.tokens);
+  params.teams = Divider(static_cast<int>(plan.teams));
+  params.team_ctas = Divider(static_cast<int>(plan.team_ctas));
+  params.launch = number_of_launch();
+  params.parts = static_cast<Part*>(args.workspace);
   return params;
 }
 
@@ -72,9 +81,6 @@ void allow_shared_memory() {
   check_cuda(cudaFuncSetAttribute(skinny_kernel<C>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                   percent),
              "cuda_skinny: carveout");
-  check_cuda(cudaFuncSetAttribute(finish_kernel<C>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  percent),
-             "cuda_skinny: carveout");
   done = true;
 }
 
@@ -84,11 +90,11 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   Params params = params_of(desc, args, plan);
   // 32 KB of a CTA, about what comes while the kernel before ends: with more, what is read first
   // comes later.
-  params.early = C::kEarly && can_start_early() ? 1 : 0;
-  params.prefetch_bytes = params.early != 0 ? (32 << 10) / C::kWarps : 0;
+  const bool starts_early = C::kEarly && can_start_early();
+  params.prefetch_bytes = starts_early ? (32 << 10) / C::kWarps : 0;
   allow_shared_memory<C>();
   cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(plan.ctas), 1, 1};
+  config.gridDim = {static_cast<unsigned>(plan.ctas()), 1, 1};
   config.blockDim = {C::kThreads, 1, 1};
   config.dynamicSmemBytes = sizeof(Shared<C>);
   config.stream = stream;
@@ -96,14 +102,8 @@ void launch_choice(const ProductDesc& desc, const ProductArgs& args, const Plan&
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = params.early != 0 ? 1 : 0;
+  config.numAttrs = starts_early ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, skinny_kernel<C>, params), "cuda_skinny");
-  config.gridDim.y =
-      static_cast<unsigned>((plan.strips * C::kSums + kFinishThreads - 1) / kFinishThreads);
-  config.blockDim.x = kFinishThreads;
-  config.dynamicSmemBytes = 0;
-  config.numAttrs = can_start_early() ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, finish_kernel<C>, params), "cuda_skinny");
 }
 
 template <class T, class Value = T>

@@ -36,6 +36,12 @@ class Divider {
   uint32_t factor_ = 1u << 31;
 };
 
+// Two sums of a row that several CTAs share, and whose they are.
+struct alignas(16) Part {
+  float x, y;
+  uint64_t tag;
+};
+
 struct Params {
   const void* values;
   // By entry, an entry being a present block in the order of the outputs. Whatever these say, it
@@ -60,16 +66,15 @@ struct Params {
   int block_outputs;
   int block_depth;
   int block_pitch;      // elements between two rows of a block as stored
-  int strips;           // of a block: kOutputs outputs each
+  int strips;           // of a block that a CTA has: kOutputs outputs each
   int prefetch_bytes;   // of W, for each warp, while the kernel before ends
-  int early;            // whether the kernel after may start before this product has ended
-  int units;            // of all strips of one kind: nnz * depth_units
+  int units;            // of one strip of all blocks: nnz * depth_units
   Divider depth_units;  // of a strip: kDepth inputs each
-  Divider ctas;
+  Divider teams;
+  Divider team_ctas;
   Divider warps_per_strip;
-  // [ctas][strips][kSums]: of a row that the CTA before began; of one that the next one continues.
-  float4* continued;
-  float4* begun;
+  uint64_t launch;  // even, and of no other launch: see exchange.cuh
+  Part* parts;
 };
 
 struct Range {
@@ -85,8 +90,16 @@ BLOCK_SPARSE_HOST_DEVICE inline Range share_of(Range range, int index, Divider s
   return {begin, begin + size + (index < larger ? 1 : 0)};
 }
 
-BLOCK_SPARSE_HOST_DEVICE inline Range units_of_cta(const Params& params, int cta) {
-  return share_of({0, params.units}, cta, params.ctas);
-}
+// What a CTA has: the units of its team, of each block strips from `strip` on.
+struct Work {
+  BLOCK_SPARSE_HOST_DEVICE Work(const Params& params, int cta) {
+    const int team = params.team_ctas.quotient(cta);
+    units = share_of({0, params.units}, team, params.teams);
+    strip = (cta - team * params.team_ctas.divisor()) * params.strips;
+  }
+
+  Range units;
+  int strip;
+};
 
 }  // namespace block_sparse::cuda::skinny

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "block_sparse/product.h"
 #include "cuda/dense/choice.h"
@@ -28,12 +29,23 @@ struct Plan {
   int64_t unit_depth;
   int64_t strips;
   int64_t units;
+  // CTAs in teams: those of a team have the same blocks, and of each block other strips, so that
+  // little is left of the rows that teams share.
+  int64_t team_ctas;
+  int64_t teams;
+  int64_t strips_per_cta;
   int64_t warps_per_strip;
-  int64_t ctas;
 
-  // float4s, of all parts of rows of one kind.
-  int64_t parts(int64_t tokens) const { return ctas * block_outputs * padded_tokens(tokens) / 4; }
+  int64_t ctas() const { return teams * team_ctas; }
+  // Of rows that teams share: a part is of two sums, and each CTA leaves those of one row at most.
+  int64_t parts(int64_t tokens) const {
+    return ctas() * strips_per_cta * unit_outputs * padded_tokens(tokens) / 2;
+  }
 };
+
+// Of a row of blocks. In grad_input the CTAs of a team read the same rows of W, 64 bytes each; from
+// this many sums on that costs less than what the CTAs of rows with all strips leave to each other.
+constexpr int64_t kManySums = 4096;
 
 inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
   Plan plan{};
@@ -47,11 +59,14 @@ inline Plan plan_of(const ProductDesc& desc, int multiprocessors) {
   plan.strips = plan.block_outputs / plan.unit_outputs;
   plan.units = desc.nnz * (plan.block_depth / plan.unit_depth);
   const int warps = config_for(padded_tokens(desc.tokens)).warps;
-  if (plan.strips > warps) return plan;
-  plan.warps_per_strip = warps / plan.strips;
-  // One to a multiprocessor, and work for every warp.
+  const int64_t sums = plan.block_outputs * padded_tokens(desc.tokens);
+  plan.team_ctas = forward || sums >= kManySums ? std::gcd(plan.strips, multiprocessors) : 1;
+  plan.strips_per_cta = plan.strips / plan.team_ctas;
+  if (plan.strips_per_cta > warps) return plan;
+  plan.warps_per_strip = warps / plan.strips_per_cta;
+  // One CTA to a multiprocessor, and work for every warp.
   const int64_t busy = (plan.units + plan.warps_per_strip - 1) / plan.warps_per_strip;
-  plan.ctas = std::min<int64_t>(multiprocessors, busy);
+  plan.teams = std::min(multiprocessors / plan.team_ctas, busy);
   return plan;
 }
 

@@ -1,5 +1,5 @@
-// The instructions of Ampere and later that the few-token kernels use: an asynchronous copy and the
-// small matrix product.
+// The instructions of Ampere and later that the few-token kernels use: an asynchronous copy, the
+// small matrix product, and 16 bytes from CTA to CTA.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include "block_sparse/dtype.h"
 #include "cuda/overlap.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/skinny/params.h"
 
 namespace block_sparse::cuda::skinny::ptx {
 
@@ -23,6 +24,30 @@ __device__ inline void prefetch([[maybe_unused]] const void* global, [[maybe_unu
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
+}
+
+// 16 bytes that other CTAs see as a whole or not at all, and that the first cache has no part in.
+__device__ inline void store(Part* to, Part part) {
+  const auto sums = static_cast<uint64_t>(__float_as_uint(part.y)) << 32 | __float_as_uint(part.x);
+  asm volatile(
+      "{\n.reg .b128 part;\n"
+      "mov.b128 part, {%1, %2};\n"
+      "st.relaxed.gpu.global.b128 [%0], part;\n}"
+      :
+      : "l"(to), "l"(sums), "l"(part.tag)
+      : "memory");
+}
+__device__ inline Part load(const Part* from) {
+  uint64_t sums, tag;
+  asm volatile(
+      "{\n.reg .b128 part;\n"
+      "ld.relaxed.gpu.global.b128 part, [%2];\n"
+      "mov.b128 {%0, %1}, part;\n}"
+      : "=l"(sums), "=l"(tag)
+      : "l"(from)
+      : "memory");
+  return {__uint_as_float(static_cast<uint32_t>(sums)),
+          __uint_as_float(static_cast<uint32_t>(sums >> 32)), tag};
 }
 
 // sums[16 x 8] += a[16 x 16] b[16 x 8]

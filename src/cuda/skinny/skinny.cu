@@ -7,6 +7,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/skinny/launch.h"
+#include "cuda/skinny/params.h"
 #include "cuda/skinny/plan.h"
 #include "cuda/sm90/hopper.h"
 #include "kernels.h"
@@ -62,9 +63,16 @@ Refusal why_not(const ProductDesc& desc) {
   return std::nullopt;
 }
 
+// For the pass that takes most: the first, or the last one, which has fewer tokens.
 int64_t workspace(const ProductDesc& desc, const Execution&) {
-  const skinny::Plan plan = skinny::plan_of(desc, multiprocessors());
-  return 2 * plan.parts(desc.tokens) * static_cast<int64_t>(sizeof(float4));
+  int64_t parts = 0;
+  ProductDesc pass = desc;
+  for (const int64_t tokens : {desc.tokens, desc.tokens % skinny::kMaxTokens}) {
+    pass.tokens = std::min<int64_t>(tokens, skinny::kMaxTokens);
+    if (tokens == 0) continue;
+    parts = std::max(parts, skinny::plan_of(pass, multiprocessors()).parts(pass.tokens));
+  }
+  return parts * static_cast<int64_t>(sizeof(skinny::Part));
 }
 
 void run_pass(const ProductDesc& desc, const ProductArgs& args, cudaStream_t stream) {

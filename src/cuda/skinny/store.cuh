@@ -42,22 +42,56 @@ struct OutputEpilogue {
   }
 };
 
-// A lane's part of 16 outputs x 8 tokens, from `output` and `token` on.
+// A lane's places in 16 outputs x all tokens, from `output` on.
 template <class C>
-__device__ __forceinline__ void store(const Params& params, int token, int output, float4 sums,
-                                      int lane) {
-  token += lane % 4 * 2;
-  output += lane / 4;
-  auto* to = static_cast<typename C::T*>(params.output) + token * params.output_stride + output;
-  const bool first = token < params.tokens, second = token + 1 < params.tokens;
-  const OutputEpilogue<C> low(params, output), high(params, output + 8);
-  if (output < params.outputs) {
-    if (first) to[0] = low(sums.x);
-    if (second) to[params.output_stride] = low(sums.y);
+class Outputs {
+ public:
+  __device__ __forceinline__ Outputs(const Params& params, int output, int lane)
+      : low_(params, output + lane / 4),
+        high_(params, output + lane / 4 + 8),
+        stride_(params.output_stride) {
+    const int token = lane % 4 * 2;
+    output += lane / 4;
+    to_ = static_cast<typename C::T*>(params.output) + token * stride_ + output;
+    low_tokens_ = output < params.outputs ? params.tokens - token : 0;
+    high_tokens_ = output + 8 < params.outputs ? params.tokens - token : 0;
   }
-  if (output + 8 < params.outputs) {
-    if (first) to[8] = high(sums.z);
-    if (second) to[params.output_stride + 8] = high(sums.w);
+
+  // The j-th eight tokens.
+  __device__ __forceinline__ void store(int j, float4 sums) const {
+    auto* to = to_ + 8 * j * stride_;
+    if (8 * j < low_tokens_) to[0] = low_(sums.x);
+    if (8 * j + 1 < low_tokens_) to[stride_] = low_(sums.y);
+    if (8 * j < high_tokens_) to[8] = high_(sums.z);
+    if (8 * j + 1 < high_tokens_) to[stride_ + 8] = high_(sums.w);
+  }
+
+ private:
+  OutputEpilogue<C> low_, high_;
+  int64_t stride_;
+  typename C::T* to_;
+  int low_tokens_;  // from the lane's first on
+  int high_tokens_;
+};
+
+// Rows without blocks are the bias alone, or zero. CTAs take rows in turn, and the warps of a CTA
+// the tokens.
+template <class C>
+__device__ void store_empty_rows(const Params& params, int warp, int lane) {
+  const int ctas = static_cast<int>(gridDim.x);
+  for (int first = static_cast<int>(blockIdx.x); first < params.output_grid; first += 32 * ctas) {
+    const int mine = first + lane * ctas;
+    const bool empty = mine < params.output_grid && params.starts[mine] >= params.starts[mine + 1];
+    for (unsigned lanes = __ballot_sync(~0u, empty); lanes != 0; lanes &= lanes - 1) {
+      const int begin = (first + (__ffs(lanes) - 1) * ctas) * params.block_outputs;
+      const int end = min(begin + params.block_outputs, params.outputs);
+      for (int output = begin + lane; output < end; output += 32) {
+        const auto value = narrow<typename C::T>(bias_of<typename C::T>(params, output));
+        for (int token = warp; token < params.tokens; token += C::kWarps) {
+          static_cast<typename C::T*>(params.output)[token * params.output_stride + output] = value;
+        }
+      }
+    }
   }
 }
 

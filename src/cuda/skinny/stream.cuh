@@ -21,7 +21,8 @@ __device__ __forceinline__ int row_of(const Params& params, int unit) {
 }
 
 // Where the units of a range lie, looked up 32 at a time, one by each lane, and 32 ahead. What the
-// index says stays as it is until it is asked for: nobody waits for it before.
+// index says stays as it is until it is asked for: nobody waits for it before. The first 64 may be
+// looked up while the kernel before still runs, which may write the index; so past the first cache.
 template <class C>
 class Places {
  public:
@@ -29,7 +30,15 @@ class Places {
       : params_(params), units_(units), lane_(lane) {
     look_up_blocks(near_, 0);
     look_up_blocks(far_, 32);
+    look_up_rest(near_, 0);
+    look_up_rest(far_, 32);
   }
+
+  // Whether both have found the same, before either went on.
+  __device__ bool equal(const Places& other) const {
+    return __all_sync(~0u, near_.equals(other.near_) && far_.equals(other.far_));
+  }
+  __device__ void replace(const Places& other) { near_ = other.near_, far_ = other.far_; }
 
   // All lanes ask for the same unit, counted from the first of the range: one of the 32 that
   // `advance` named last, or of the next 32. The first element of the unit, in a first strip.
@@ -49,11 +58,6 @@ class Places {
     return clamped(get(&Place::row, i), params_.output_grid);
   }
 
-  // What is more than `offset` asks for, which is asked for first.
-  __device__ __forceinline__ void look_up_rest() {
-    look_up_rest(near_, 0);
-    look_up_rest(far_, 32);
-  }
   // What is before `i` is not asked for any more.
   __device__ __forceinline__ void advance(int i) {
     if (i - first_ < 32) return;
@@ -70,6 +74,10 @@ class Places {
     int block;
     int depth_block;
     int row;
+
+    __device__ bool equals(const Place& other) const {
+      return block == other.block && depth_block == other.depth_block && row == other.row;
+    }
   };
 
   __device__ __forceinline__ void look_up_blocks(Place& place, int i) {
@@ -77,13 +85,13 @@ class Places {
     if (unit >= units_.end) return;
     place.entry = params_.depth_units.quotient(unit);
     place.step = unit - place.entry * params_.depth_units.divisor();
-    place.block = C::kTransposed ? params_.blocks[place.entry] : place.entry;
+    place.block = C::kTransposed ? __ldcg(params_.blocks + place.entry) : place.entry;
   }
   __device__ __forceinline__ void look_up_rest(Place& place, int i) {
     if (units_.begin + i + lane_ >= units_.end) return;
-    place.depth_block = params_.depth_blocks[place.entry];
-    place.row =
-        params_.output_blocks[C::kTransposed ? clamped(place.block, params_.nnz) : place.block];
+    const int block = C::kTransposed ? clamped(place.block, params_.nnz) : place.block;
+    place.depth_block = __ldcg(params_.depth_blocks + place.entry);
+    place.row = __ldcg(params_.output_blocks + block);
   }
   __device__ __forceinline__ int get(int Place::* member, int i) const {
     return __shfl_sync(~0u, i - first_ < 32 ? near_.*member : far_.*member, (i - first_) % 32);
@@ -98,9 +106,9 @@ class Places {
 };
 
 // Brings the first blocks of a warp's share to L2, of each as many bytes as the warp's strip has.
-// This alone may be done while the kernel before still runs, which may write W and the index: what
-// is in L2 is always the newest, and where the index says something else later, other blocks have
-// been brought than those that are read.
+// This may be done while the kernel before still runs, which may write W and the index: what is in
+// L2 is always the newest, and where the index says something else later, other blocks have been
+// brought than those that are read.
 template <class C>
 __device__ void prefetch(const Params& params, Range units, int strip, int lane) {
   using Value = typename C::Value;
@@ -130,8 +138,16 @@ class Stream {
     values_ = static_cast<const Value*>(params.values) +
               strip * C::kOutputs * (C::kTransposed ? 1 : pitch_) +
               Tile<C>::first_element(pitch_, lane);
-#pragma unroll 1
-    for (int i = 0; i < C::kStages - 1; ++i) fetch();
+    fill();
+  }
+
+  // Nothing has been used yet: all anew, where units lie elsewhere than they did.
+  __device__ void begin_again() {
+    ptx::wait_for_copies<0>();
+    __syncwarp();
+    fetched_ = 0;
+    filled_ = 0;
+    fill();
   }
 
   using Stage = Tile<C>[C::kUnits];
@@ -147,6 +163,11 @@ class Stream {
   }
 
  private:
+  __device__ void fill() {
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1; ++i) fetch();
+  }
+
   __device__ __forceinline__ void fetch() {
 #pragma unroll
     for (int i = 0; i < C::kUnits; ++i) {
