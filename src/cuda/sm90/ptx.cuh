@@ -30,20 +30,24 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Whether the phase is over; true at once or after a short wait.
-__device__ inline bool is_over(uint32_t barrier, uint32_t parity) {
-  uint32_t over;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}"
-      : "=r"(over)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return over != 0;
-}
+// Whether the phase is over: without waiting, or after a short wait.
+#define BLOCK_SPARSE_IS_OVER(name, instruction)                    \
+  __device__ inline bool name(uint32_t barrier, uint32_t parity) { \
+    uint32_t over;                                                 \
+    asm volatile(                                                  \
+        "{\n"                                                      \
+        ".reg .pred done;\n" instruction                           \
+        ".parity.shared::cta.b64 done, [%1], %2;\n"                \
+        "selp.u32 %0, 1, 0, done;\n"                               \
+        "}"                                                        \
+        : "=r"(over)                                               \
+        : "r"(barrier), "r"(parity)                                \
+        : "memory");                                               \
+    return over != 0;                                              \
+  }
+BLOCK_SPARSE_IS_OVER(is_over, "mbarrier.test_wait")
+BLOCK_SPARSE_IS_OVER(is_over_soon, "mbarrier.try_wait")
+#undef BLOCK_SPARSE_IS_OVER
 
 __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -108,11 +112,28 @@ __device__ inline void load_box_multicast(const CUtensorMap* map, uint32_t to, u
       : "memory");
 }
 
-// An 8x8 matrix of 16-bit elements, two to a lane, transposed.
-__device__ inline uint32_t transpose_matrix(uint32_t pair) {
-  uint32_t transposed;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
-  return transposed;
+// Four 8x8 matrices of 16-bit elements, two to a lane, transposed; lane i gives the address of row
+// i % 8 of matrix i / 8, as it is stored.
+__device__ inline void store_matrices_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
+                                                 uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
+// Waits until so many threads are here.
+template <int kThreads>
+__device__ inline void meet(int barrier) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // Keeps a value in its register: ptxas would rather compute it again at each use.

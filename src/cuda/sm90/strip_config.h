@@ -26,6 +26,8 @@ constexpr int kWLoaders = 3;
 
 constexpr int kMaxLists = 3;  // of a CTA
 
+constexpr int kStoreTokens = 16;  // that a warp stores at a time
+
 // What a CTA works on. Per stage of the depth it loads tokens x 128 bytes of x and
 // outputs x 128 x density of W, and what an SM can take in limits it: the largest tile is best that
 // the registers hold.
@@ -57,13 +59,13 @@ struct Tile {
 // The ring holds W of more than two stages in which all blocks are present: with less, one is loaded
 // only when the one before it is done.
 //              warpgroups groups in list tokens stages       ring registers
-constexpr Tile kWide = {     2,     2,      2,   176,     6, 45 * 2048, 232, 40};
+constexpr Tile kWide = {     2,     2,      2,   176,     6, 41 * 2048, 232, 40};
 // For few tokens or tiles: a stage then takes as long as a warpgroup takes to go through its items,
 // one after the other, so that twice as many take half as long. The lists are those of kWide.
-constexpr Tile kFew = {      4,     1,      2,   128,     6, 45 * 2048, 112, 32};
+constexpr Tile kFew = {      4,     1,      2,   128,     6, 41 * 2048, 112, 32};
 // Products with 16 of the depth are short, and deciding what comes next takes longer: three
 // warpgroups decide.
-constexpr Tile kTall = {     3,     1,      1,   192,     6, 40 * 2048, 160, 32};
+constexpr Tile kTall = {     3,     1,      1,   192,     6, 34 * 2048, 160, 32};
 // clang-format on
 
 // A block is multiplied in pieces, since wider blocks are then several narrower ones. The sides are
@@ -130,9 +132,12 @@ struct Sizes {
   static constexpr int kRowBytes = (kPiece.transposed ? kPiece.outputs : kPiece.depth) * 2;
   static constexpr int kLineBytes = kPiece.strided ? kRowBytes : 128;
   static constexpr int kLineRows = kLineBytes / kRowBytes;
+  static constexpr int kStagingBytes = kStoreTokens * kPiece.outputs * 2;
   // A consumer holds one stage while it waits for the next.
-  static_assert(kTile.warpgroups * kTile.consumer_registers + kTile.producer_registers <= 512,
-                "65536 registers");
+  // What a CTA is started with is all that its warps can share, or they wait forever.
+  static constexpr int kRegisters = 65536 / kTile.threads() / 8 * 8;  // of a thread
+  static_assert(kTile.warpgroups * kTile.consumer_registers + kTile.producer_registers <=
+                (kTile.warpgroups + 1) * kRegisters);
   static_assert(kTile.tokens / kCluster % 8 == 0, "the swizzle of x repeats after 8 tokens");
   static_assert(kStagePieces <= 64, "a lane fetches two pieces of a stage");
   static_assert(kRing > 2 * kStagePieces && kRing < 256);

@@ -38,13 +38,6 @@ __device__ __forceinline__ void multiply_strip(float (&sums)[kSums], const Fragm
   }(std::make_index_sequence<kSums>{});
 }
 
-// Which output of a strip is row 8 i + g of its fragment. Forward, they are exchanged so that a
-// thread ends up with four outputs side by side. Transposed, ldmatrix takes 8 that are.
-template <bool kTransposed>
-__device__ __forceinline__ int output_of_row(int i, int g) {
-  return kTransposed ? 8 * i + g : g / 2 * 4 + 2 * (i ^ g / 4) + g % 2;
-}
-
 // Where a lane's row of a fragment lies in a piece, in bytes: row `lane % 8` of the 8x8 matrix
 // `lane / 8`. `first`: the strip's first output in the piece. In memory 16 bytes of a line are
 // swapped within the swizzle.
@@ -57,7 +50,7 @@ __device__ __forceinline__ uint32_t fragment_offset(int first, int lane) {
     row = half * 8 + g;
     chunk = first / 8 + i;
   } else {
-    row = first + output_of_row<false>(i, g);
+    row = first + i * 8 + g;
     chunk = half;
   }
   const int line = row / Size::kLineRows;
@@ -66,13 +59,12 @@ __device__ __forceinline__ uint32_t fragment_offset(int first, int lane) {
   return line * Size::kLineBytes + ((chunk ^ swizzle) << 4);
 }
 
-// The same in another slot of the ring. The swizzle repeats after 8 lines of 128 bytes; half as
-// many make a slot of 512.
+// The same in another piece of the ring, so many bytes further. The swizzle repeats after 8 lines
+// of 128 bytes; half as many make a piece of 512.
 template <Config kConfig>
-__device__ __forceinline__ uint32_t in_slot(uint32_t fragment, uint32_t slot) {
-  constexpr int kBytes = Sizes<kConfig>::kPieceBytes;
-  const uint32_t there = fragment + slot * kBytes;
-  return kBytes == 512 ? there ^ (slot & 1) << 6 : there;
+__device__ __forceinline__ uint32_t at_piece(uint32_t fragment, uint32_t bytes) {
+  const uint32_t there = fragment + bytes;
+  return Sizes<kConfig>::kPieceBytes == 512 ? there ^ (bytes & 512) >> 3 : there;
 }
 
 // The same, 16 of the depth further: transposed by rows, which may be half of what the swizzle

@@ -10,8 +10,19 @@ namespace block_sparse::cuda::sm90::strips {
 
 constexpr int kJoinThreads = 256;
 
+// An output of two tokens.
+template <class T>
+__device__ __forceinline__ void store_pair(const Params& params, int token, int output, float first,
+                                           float second) {
+  if (output >= params.outputs) return;
+  const uint32_t both = pack<T>(first, second);
+  auto* to = static_cast<uint16_t*>(params.output) + token * params.output_stride + output;
+  if (token < params.tokens) *to = static_cast<uint16_t>(both);
+  if (token + 1 < params.tokens) to[params.output_stride] = static_cast<uint16_t>(both >> 16);
+}
+
 // A warp for each strip and eight tokens of a tile that is split. `strips`: of a CTA of the other.
-template <class T, bool kTransposed>
+template <class T>
 __global__ void __launch_bounds__(kJoinThreads)
     join_kernel(const __grid_constant__ Params params, const int strips) {
   const int lane = threadIdx.x % 32, eights = params.tile_tokens / 8;
@@ -38,10 +49,10 @@ __global__ void __launch_bounds__(kJoinThreads)
     const float4 more = part(i);
     sums.x += more.x, sums.y += more.y, sums.z += more.z, sums.w += more.w;
   }
-  const float four[4] = {sums.x, sums.y, sums.z, sums.w};
-  StripStore<T, kTransposed>(params, first + output % params.piece_outputs, token, params.tokens,
-                             lane)
-      .eight(four, 0);
+  const int from = first + output % params.piece_outputs;
+  const float low = bias_of<T>(params, from, 0, lane), high = bias_of<T>(params, from, 1, lane);
+  store_pair<T>(params, token + lane % 4 * 2, from + lane / 4, sums.x + low, sums.y + low);
+  store_pair<T>(params, token + lane % 4 * 2, from + 8 + lane / 4, sums.z + high, sums.w + high);
 }
 
 }  // namespace block_sparse::cuda::sm90::strips

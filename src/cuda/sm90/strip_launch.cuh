@@ -110,8 +110,7 @@ void launch_join(const Params& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, join_kernel<Element<kConfig>, kConfig.piece.transposed>,
-                                params, kStrips),
+  check_cuda(cudaLaunchKernelEx(&config, join_kernel<Element<kConfig>>, params, kStrips),
              "cuda_sm90_strip");
 }
 

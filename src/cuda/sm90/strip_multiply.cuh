@@ -4,22 +4,11 @@
 #pragma once
 
 #include "cuda/sm90/strip_fragment.cuh"
+#include "cuda/sm90/strip_item.cuh"
 #include "cuda/sm90/strip_params.cuh"
 #include "cuda/sm90/strip_store.cuh"
 
 namespace block_sparse::cuda::sm90::strips {
-
-// An item as the warps of one row of pieces see it.
-struct Item {
-  static constexpr int kWithin = 16, kGroup = 19, kNone = 20, kSlot = 24;
-  uint32_t bits;  // stage (16), where the column is in it (3, in 16 bytes), group, none, slot (8)
-
-  __device__ int stage() const { return bits & 0xffff; }
-  __device__ uint32_t within() const { return bits >> kWithin & 7; }
-  __device__ int group() const { return bits >> kGroup & 1; }
-  __device__ bool none() const { return bits >> kNone & 1; }
-  __device__ uint32_t slot() const { return bits >> kSlot; }
-};
 
 template <Config kConfig>
 class Multiply {
@@ -29,10 +18,16 @@ class Multiply {
   static constexpr Tile kTile = kConfig.tile;
   static constexpr int kGroups = kTile.groups;
   static constexpr bool kSharesList = kTile.list_groups > kGroups;
+  static_assert(!kSharesList || kGroups == 1);
   using Sums = float[kTile.tokens / 2];  // of a thread, for each group
   static constexpr int kBatch = batch_of(kPiece.depth);
   using Fragments = Fragment[Size::kPieceSteps];
-  using Batch = Fragments[kBatch];
+
+  // Items that are taken together, with all that their products need.
+  struct Ready {
+    Item items[kBatch];
+    Fragments fragments[kBatch];
+  };
 
   __device__ Multiply(const Params& params, Shared<kConfig>& shared, int rank)
       : params_(params),
@@ -44,19 +39,19 @@ class Multiply {
     row_ = warp * kWarpOutputs / kPiece.outputs;
     within_piece_ = warp * kWarpOutputs % kPiece.outputs;
     w_ = ptx::address_of(shared.w) + fragment_offset<kConfig>(within_piece_, lane_);
-    x_ = static_cast<uint32_t>(kOperand | descriptor_address(ptx::address_of(shared.x)));
+    x_ = static_cast<uint32_t>(descriptor_address(ptx::address_of(shared.x)));
     full_ = ptx::address_of(shared.full);
-    empty_ = ptx::at_rank(ptx::address_of(shared.empty), lane_ % kCluster);
-    speaks_ = lane_ < kCluster;
+    const bool speaks = lane_ < kCluster;
+    empty_ = speaks ? ptx::at_rank(ptx::address_of(shared.empty), lane_) : 0;
+    empty_size_ = speaks ? 8 : 0;
     ptx::keep_in_register(w_);
-    ptx::keep_in_register(x_);
     ptx::keep_in_register(empty_);
-    ptx::keep_in_register(speaks_);
+    ptx::keep_in_register(empty_size_);
   }
 
   __device__ __forceinline__ void run(int first_task, int clusters) {
     Sums sums[kGroups];
-    Batch fragments[2];
+    Ready ready[2];
     int task = first_task;
     begin(task);
     begin_list();
@@ -67,35 +62,50 @@ class Multiply {
         for (float& sum : group) sum = 0;
       }
       stage_ = -1;
-      held_ = 0;
+      int last = -1;  // stage of the items so far
 #pragma unroll 1
       for (int from = 0; from < items_; from += 32) {
-        Item mine = item_of(!kConfig.flexible || from + lane_ < items_ ? next_ : 0);
+        uint32_t word = !kConfig.flexible || from + lane_ < items_ ? next_ : 0;
         next_ = __ldg(list_ + from + 32);
         int count = min(32, items_ - from);
-        if constexpr (kSharesList) count = pick(mine);
-        Item items[2][kBatch];
+        if constexpr (kSharesList) {
+          count =
+              pick<kConfig>(word, warpgroup_ % kTile.list_groups, shared_.picked[threadIdx.x / 32]);
+          if (count == 0) continue;
+        }
+        const Item mine =
+            item_of<kConfig>(word, count, last, {row_, x_, first_stage_, stages_, stages_before_});
 #pragma unroll
-        for (int u = 0; u < 2; ++u) read_batch(items[u], mine, u * kBatch);
+        for (int u = 0; u < 2; ++u) read_batch(ready[u].items, mine, u * kBatch);
+        is_there_ = false;
+        prepare(ready[0]);
+        look_for(ready[1]);
 #pragma unroll 1
-        for (int i = 0; i < count; i += 2 * kBatch) {
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            if (u > 0 && items[u][0].none()) {
-              cute::warpgroup_wait<0>();  // fragments[0] comes next again
-              break;
-            }
-            multiply(items[u], sums, fragments[u]);
-            read_batch(items[u], mine, i + (2 + u) * kBatch);
+        for (int i = kBatch;; i += kBatch) {
+          multiply(ready[0], sums, ready[1]);
+          if (i >= count) {  // the next one is to be ready[0] again
+            cute::warpgroup_wait<0>();
+            keep(ready[0]);
+            break;
           }
+          prepare(ready[1]);
+          i += kBatch;
+          read_batch(ready[0].items, mine, i);
+          look_for(ready[0]);
+          multiply(ready[1], sums, ready[0]);
+          if (i >= count) break;
+          prepare(ready[0]);
+          read_batch(ready[1].items, mine, i + kBatch);
+          look_for(ready[1]);
         }
       }
       cute::warpgroup_wait<0>();
-      keep(fragments[0]);
-      keep(fragments[1]);
-      release(held_);
-      if (stage_ >= 0) release(1);
+      keep(ready[0]);
+      keep(ready[1]);
+      release(in_use_);
+      in_use_ = 0;
       skip_to(stages_);
+      stages_before_ = (stages_before_ + stages_) % (2 * kTile.stages);
       settled(sums);
 
       const Outputs outputs = outputs_of_coming();
@@ -115,7 +125,8 @@ class Multiply {
 
   __device__ static int list_of(int warpgroup) { return warpgroup * kGroups / kTile.list_groups; }
 
-  // Where the results go: first token, first output of each group; or, of a part, its number.
+  // Where the results go: first token, first output of each group's piece; or, of a part, its
+  // number.
   struct Outputs {
     int token;
     int first[kGroups];
@@ -169,80 +180,64 @@ class Multiply {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int place = coming_.place + g * Size::kGroupRows;
-      outputs.first[g] = first_output(params_, place, coming_.line[g]) + within_piece_;
+      outputs.first[g] = first_output(params_, place, coming_.line[g]);
     }
     return outputs;
   }
 
-  // A word of the list (strip_walk.h). What it says may be nonsense, but leads nowhere else.
-  __device__ Item item_of(uint32_t word) const {
-    const uint32_t rows = word >> kItemRows & ((1u << Size::kGroupRows) - 1);
-    const uint32_t depth = (word >> kItemColumn) * kPiece.depth;
-    uint32_t slot = (word & 255) + __popc(rows & ((1u << row_) - 1));
-    if (slot >= Size::kRing) slot -= Size::kRing;
-    slot = rows >> row_ & 1 ? min(slot, uint32_t{Size::kRing}) : uint32_t{Size::kRing};
-    const uint32_t stage = depth / kStageDepth - static_cast<uint32_t>(first_stage_);
-    return {min(stage, static_cast<uint32_t>(stages_ - 1)) |
-            depth % kStageDepth / 8 << Item::kWithin | (word >> kItemGroup & 1) << Item::kGroup |
-            uint32_t{rows == 0} << Item::kNone | slot << Item::kSlot};
-  }
-
-  // Of the items that the lanes have, those of this warpgroup's group, in the first lanes; returns
-  // how many there are. It is the only group then, but a branch on it must stay, or ptxas
-  // serialises (C7513).
-  __device__ int pick(Item& item) {
-    constexpr uint32_t kGroupBit = 1u << Item::kGroup;
-    const int group = warpgroup_ * kGroups % kTile.list_groups;
-    const bool picked = !item.none() && item.group() == group;
-    const uint32_t lanes = __ballot_sync(kAllLanes, picked);
-    uint32_t* words = shared_.picked[threadIdx.x / 32];
-    if (picked) words[__popc(lanes & ((1u << lane_) - 1))] = item.bits & ~kGroupBit;
-    __syncwarp();
-    const int count = __popc(lanes);
-    item.bits = lane_ < count ? words[lane_] : 1u << Item::kNone;
-    __syncwarp();
-    return count;
-  }
-
   __device__ static void read_batch(Item (&items)[kBatch], const Item& mine, int lane) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) items[i].bits = __shfl_sync(kAllLanes, mine.bits, lane + i);
+    for (int i = 0; i < kBatch; ++i) {
+      items[i].what = __shfl_sync(kAllLanes, mine.what, lane + i);
+      if (i == 0) items[i].when = __shfl_sync(kAllLanes, mine.when, lane + i);
+    }
   }
 
-  // One batch is always under way, of as many products as were started: its fragments and its stage
-  // are in use until the next one waits.
-  __device__ __forceinline__ void multiply(const Item (&items)[kBatch], Sums (&sums)[kGroups],
-                                           Batch& fragments) {
-    if (under_way_ == kBatch) {
-      cute::warpgroup_wait<kBatch>();
+  // What a batch needs: its stage, and its fragments on their way. The batch before it is under
+  // way, so a stage that it ends is held until that one is done.
+  __device__ __forceinline__ void prepare(Ready& batch) {
+    if (batch.items[0].is(Item::kArrives)) arrive_at(batch.items[0]);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const uint32_t piece = at_piece<kConfig>(w_, batch.items[i].piece());
+#pragma unroll
+      for (int step = 0; step < Size::kPieceSteps; ++step) {
+        ptx::load_matrices<kPiece.transposed>(batch.fragments[i][step],
+                                              at_step<kConfig>(piece, step));
+      }
+    }
+  }
+
+  // Whether the stage of the batch that comes next is there: asked while fragments are on their
+  // way, since the answer takes as long.
+  __device__ __forceinline__ void look_for(const Ready& batch) {
+    is_there_ = ptx::is_over(full_ + batch.items[0].slot() * 8, batch.items[0].lap());
+  }
+
+  // Starts the products of a batch, and waits for those of the batch before it.
+  __device__ __forceinline__ void multiply(const Ready& batch, Sums (&sums)[kGroups],
+                                           const Ready& before) {
+    multiply_item(batch, 0, sums);
+    if (kBatch == 2 && !batch.items[kBatch - 1].is(Item::kNone)) {
+      multiply_item(batch, kBatch - 1, sums);
+      cute::warpgroup_wait<2>();
     } else {
       cute::warpgroup_wait<1>();
     }
-    under_way_ = items[kBatch - 1].none() ? 1 : kBatch;
-    keep(fragments);
+    keep(before);
     release(held_);
     held_ = 0;
-    if (items[0].stage() > stage_) arrive_at(items[0].stage());
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const uint32_t piece = in_slot<kConfig>(w_, items[i].slot());
-#pragma unroll
-      for (int step = 0; step < Size::kPieceSteps; ++step) {
-        ptx::load_matrices<kPiece.transposed>(fragments[i][step], at_step<kConfig>(piece, step));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (i == 0 || !items[i].none()) multiply(items[i], sums, fragments[i]);
-    }
   }
 
-  __device__ __forceinline__ void multiply(const Item& item, Sums (&sums)[kGroups],
-                                           const Fragments& fragments) {
-    const uint32_t x = x_stage_ + item.within();
-    static_assert(kGroups <= 2);
-    if (item.group() == 0) multiply_group(sums[0], fragments, x);
-    if (kGroups == 2 && item.group() == 1) multiply_group(sums[kGroups - 1], fragments, x);
+  __device__ __forceinline__ static void multiply_item(const Ready& batch, int i,
+                                                       Sums (&sums)[kGroups]) {
+    static_assert(kGroups <= 2 && kBatch <= 2);
+    const uint32_t x = static_cast<uint32_t>(kOperand) + batch.items[i].x();
+    if (kGroups == 1 || !batch.items[i].is(Item::kSecondGroup)) {
+      multiply_group(sums[0], batch.fragments[i], x);
+    } else {
+      multiply_group(sums[kGroups - 1], batch.fragments[i], x);
+    }
   }
 
   // Fence and commit stand in the branch, or ptxas serialises (C7520).
@@ -257,57 +252,45 @@ class Multiply {
     cute::warpgroup_commit_batch();
   }
 
-  // Makes `stage` the one in use. The stage before it is released when its last item is done,
-  // but never held while waiting: its pieces may be where the next ones go.
-  __device__ __forceinline__ void arrive_at(int stage) {
-    if (stage > stage_ + 1) {
-      cute::warpgroup_wait<0>();
-      release(stage_ >= 0);
-      skip_to(stage);
-      wait_for_next();
+  // Makes an item's stage, a later one, the one in use. The one before is held until the batch that
+  // is under way is done, but never while waiting: what comes next may go where its pieces are.
+  __device__ __forceinline__ void arrive_at(const Item& item) {
+    const bool skips = item.is(Item::kSkips);  // what was seen may have been of an earlier lap
+    if (!skips && (is_there_ || ptx::is_over_soon(full_ + item.slot() * 8, item.lap()))) {
+      held_ = in_use_;
     } else {
-      held_ = stage_ >= 0;
-      ++stage_;
-      const uint32_t barrier = full_ + at_.slot * 8;
-      if (!ptx::is_over(barrier, at_.lap)) {
-        cute::warpgroup_wait<0>();
-        release(held_);
-        held_ = 0;
-        ptx::wait(barrier, at_.lap);
-      }
-      x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
-      at_.advance();
+      cute::warpgroup_wait<0>();
+      release(in_use_);
+      if (skips) skip_to(item.stage());
+      ptx::wait(full_ + item.slot() * 8, item.lap());
     }
+    stage_ = item.stage();
+    in_use_ = barrier_of(item.slot());
   }
 
-  // Releases all stages before `stage` that nothing is needed of.
+  // Releases the stages after the one in use that come before `stage`: nothing is needed of them.
   __device__ void skip_to(int stage) {
 #pragma unroll 1
-    while (stage_ + 1 < stage) {
-      wait_for_next();
-      release(1);
+    for (++stage_; stage_ < stage; ++stage_) {
+      const uint32_t counted = stages_before_ + stage_, slot = counted % kTile.stages;
+      ptx::wait(full_ + slot * 8, counted / kTile.stages & 1);
+      release(barrier_of(slot));
     }
   }
 
-  __device__ void wait_for_next() {
-    ++stage_;
-    ptx::wait(full_ + at_.slot * 8, at_.lap);
-    x_stage_ = x_ + at_.slot * (kTile.stage_bytes() / 16);
-    at_.advance();
-  }
+  // The one that this lane tells that a slot is free; 0: it tells no one.
+  __device__ uint32_t barrier_of(uint32_t slot) const { return empty_ + slot * empty_size_; }
 
-  // Lane i tells CTA i of the cluster that this warp is done with the oldest stage it held.
-  __device__ __forceinline__ void release(int on) {
-    ptx::arrive_remote_if(on & speaks_, empty_ + released_ * 8);
-    released_ += on;
-    released_ = released_ == kTile.stages ? 0 : released_;
+  // Lane i tells CTA i of the cluster that this warp is done with a stage; the others have 0.
+  __device__ __forceinline__ static void release(uint32_t stage) {
+    ptx::arrive_remote_if(stage, stage);
   }
 
   // A fragment must live until the wait for its products: ptxas does not know that they read it,
   // and would give two items under way the same registers.
-  __device__ __forceinline__ static void keep(const Batch& batch) {
+  __device__ __forceinline__ static void keep(const Ready& batch) {
 #pragma unroll
-    for (const Fragments& fragments : batch) {
+    for (const Fragments& fragments : batch.fragments) {
 #pragma unroll
       for (const Fragment& f : fragments) {
         asm volatile("" ::"r"(f[0]), "r"(f[1]), "r"(f[2]), "r"(f[3]) : "memory");
@@ -324,33 +307,34 @@ class Multiply {
     }
   }
 
-  // Half of the tokens. Those beyond the tile's have no sums.
-  template <int kHalf>
-  __device__ __forceinline__ void store(const Sums (&sums)[kGroups], const Outputs& outputs) const {
-    constexpr int kEights = kTile.tokens / 8;
+  // A group's results, or half of the only one's. Tokens beyond the tile's have no sums.
+  template <int kPart>
+  __device__ __forceinline__ void store(Sums (&sums)[kGroups], const Outputs& outputs) {
+    constexpr int kEights = kTile.tokens / 8 / (3 - kGroups), kGroup = kGroups == 2 ? kPart : 0;
+    constexpr int kFirst = kGroups == 2 ? 0 : kPart * kEights;
+    float* of = sums[kGroup] + kFirst * 4;
+    const int token = outputs.token + kFirst * 8;
     int end = params_.tokens;
     if constexpr (kConfig.flexible) end = min(end, outputs.token + params_.tile_tokens);
-    const auto each_eight = [&](const auto& store) {
+    if (outputs.piece >= 0) {
+      const int strip =
+          (warpgroup_ * kGroups + kGroup) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
+      float4* to =
+          sums_of_part(params_, outputs.piece, rank_, strip, kTile.outputs() / kWarpOutputs, lane_);
 #pragma unroll
-      for (int j = kHalf * kEights / 2; j < (kHalf + 1) * kEights / 2; ++j) {
-        if (kConfig.flexible && outputs.token + j * 8 >= end) break;
-        store(j);
+      for (int j = 0; j < kEights; ++j) {
+        if (token + j * 8 >= end) break;
+        __stcg(to + (kFirst + j) * 32,
+               make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
       }
-    };
+    } else {
+      StripStore<kConfig> to(params_, shared_, outputs.first[kGroup], within_piece_ / kWarpOutputs,
+                             token, end, lane_);
+      to.template add_bias<kEights>(of);
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float (&of)[kTile.tokens / 2] = sums[g];
-      if (outputs.piece >= 0) {
-        const int strip = (warpgroup_ * kGroups + g) * 4 + static_cast<int>(threadIdx.x / 32 % 4);
-        float4* to = sums_of_part(params_, outputs.piece, rank_, strip,
-                                  kTile.outputs() / kWarpOutputs, lane_);
-        each_eight([&](int j) {
-          __stcg(to + j * 32, make_float4(of[j * 4], of[j * 4 + 1], of[j * 4 + 2], of[j * 4 + 3]));
-        });
-      } else {
-        const StripStore<Element<kConfig>, kPiece.transposed> to(params_, outputs.first[g],
-                                                                 outputs.token, end, lane_);
-        each_eight([&](int j) { to.eight(&of[j * 4], j); });
+      for (int j = 0; j < kEights / 2; ++j) {
+        if (kConfig.flexible && token + j * kStoreTokens >= end) break;
+        to.put(of + j * 8, j, buffer_);
       }
     }
   }
@@ -363,10 +347,10 @@ class Multiply {
   int row_;           // of the group's rows, this warp's
   int within_piece_;  // its first output there
   uint32_t w_;        // of the row of a piece in slot 0 that this lane names to ldmatrix
-  uint32_t x_;        // low word of the descriptor of stage 0
+  uint32_t x_;        // where stage 0 is, as a descriptor has it
   uint32_t full_;     // the barriers
-  uint32_t empty_;    // of the CTA that this lane tells
-  int speaks_;        // 1: this lane does
+  uint32_t empty_;    // of the CTA that this lane tells; 0: it tells none
+  uint32_t empty_size_;
 
   // Of the task that is next, or being computed: as it was read.
   struct {
@@ -378,18 +362,21 @@ class Multiply {
     int line[kGroups];
   } coming_{};
 
+  uint32_t buffer_ = 0;  // of the staged results, that was used last
+
   const uint32_t* list_ = nullptr;
   int items_ = 0;
   uint32_t next_ = 0;  // of the list
   int stages_ = 0;     // of the task
   int first_stage_ = 0;
 
-  Cursor<kTile.stages> at_;  // the next stage to wait for
-  uint32_t released_ = 0;    // the slot to release next
-  int under_way_ = kBatch;   // products of the batch that was started last
-  int stage_ = -1;           // in use
-  int held_ = 0;             // 1: the one before it is still to be released
-  uint32_t x_stage_ = 0;     // low word of the descriptor of the stage in use
+  uint32_t stages_before_ = 0;  // of earlier tasks, in two laps around the slots
+  bool is_there_ = false;       // the stage that comes next was, when it was looked at
+  int stage_ = -1;              // in use
+  // Barriers of the stage in use, and of the one before it while it is still to be released; 0:
+  // none, or this lane tells no one.
+  uint32_t in_use_ = 0;
+  uint32_t held_ = 0;
 };
 
 }  // namespace block_sparse::cuda::sm90::strips

@@ -128,6 +128,10 @@ struct alignas(1024) Shared {
   static constexpr int kPickers =
       kConfig.tile.list_groups > kConfig.tile.groups ? kConfig.tile.warpgroups * 4 : 1;
   uint32_t picked[kPickers][32];
+  // Results on their way out: of the warps that have a piece, two buffers.
+  static constexpr int kPairs =
+      kConfig.tile.warpgroups * 4 / (kConfig.piece.outputs / kWarpOutputs);
+  alignas(128) unsigned char staging[kPairs][2][Size::kStagingBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
 

@@ -7,52 +7,87 @@
 
 namespace block_sparse::cuda::sm90::strips {
 
-// Where a lane stores what it has of a strip, from `token` on. `T`: the output's elements.
-template <class T, bool kTransposed>
+// The bias of output i * 8 + lane / 4 of a strip that begins with `first`.
+template <class T>
+__device__ __forceinline__ float bias_of(const Params& params, int first, int i, int lane) {
+  const int output = first + i * 8 + lane / 4;
+  if (params.bias == nullptr || output >= params.outputs) return 0;
+  return load<float>(T{__ldg(static_cast<const uint16_t*>(params.bias) + output)});
+}
+
+// Stores a strip's results by way of shared memory: as the warps have them, only 16 outputs of a
+// token lie side by side, and a store takes by the row. The strips of a piece are of two warps, or
+// of one; they meet, and each takes half of the tokens.
+template <Config kConfig>
 class StripStore {
  public:
-  // The strip begins with output `first`, which may lie outside. `end`: of the tokens.
-  __device__ __forceinline__ StripStore(const Params& params, int first, int token, int end,
-                                        int lane)
-      : odd_(kTransposed ? lane & 1 : lane & 2), stride_(params.output_stride) {
-    const int quad = lane % 4;
-    const int output = first + (kTransposed ? quad / 2 * 4 + (odd_ ? 8 : 0) : quad * 4);
-    left_ = output < params.outputs ? end - token - lane / 4 : 0;
+  using T = Element<kConfig>;
+  static constexpr int kWidth = kConfig.piece.outputs;
+  static constexpr int kWarps = kWidth / kWarpOutputs;
+  static constexpr int kRowChunks = kWidth / 8;  // of 16 bytes, which is what a lane stores
+  static constexpr int kLaneRows = 32 / kRowChunks;
+  static constexpr int kLineRows = 128 / (kWidth * 2);
+  static constexpr int kStagingBytes = Sizes<kConfig>::kStagingBytes;
+
+  // The piece begins with output `first`, which may lie outside, this warp's strip is its
+  // `strip`-th. `end`: of the tokens.
+  __device__ __forceinline__ StripStore(const Params& params, Shared<kConfig>& shared, int first,
+                                        int strip, int token, int end, int lane)
+      : pair_(static_cast<int>(threadIdx.x) / (32 * kWarps)),
+        staging_(ptx::address_of(shared.staging[pair_])) {
+    // Lane i names row i % 8 of matrix i / 8: of (eight tokens, eight outputs).
+    put_ = offset_of(lane / 16 * 8 + lane % 8, strip * 2 + lane / 8 % 2);
+    const int row = strip * kLaneRows * (kWarps - 1) + lane / kRowChunks, chunk = lane % kRowChunks;
+    get_ = offset_of(row, chunk);
+    const int output = first + chunk * 8;
+    left_ = output < params.outputs ? end - token - row : 0;
+    to_ = static_cast<uint16_t*>(params.output) + (token + row) * params.output_stride + output;
+    step_ = params.output_stride * kStoreTokens;
+    if (params.bias == nullptr) return;
+    has_bias_ = true;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = first + output_of_row<kTransposed>(i, lane / 4);
-      bias_[i] = params.bias == nullptr || row >= params.outputs
-                     ? 0
-                     : load<float>(T{__ldg(static_cast<const uint16_t*>(params.bias) + row)});
-    }
-    to_ = static_cast<uint16_t*>(params.output) + (token + lane / 4) * stride_ + output;
+    for (int i = 0; i < 2; ++i)
+      bias_[i] = bias_of<T>(params, first + strip * kWarpOutputs, i, lane);
   }
 
-  // The j-th eight tokens. 8 outputs x 8 tokens at a time are transposed within the warp; a thread
-  // then has four outputs of a token.
-  __device__ __forceinline__ void eight(const float* sums, int j) const {
-    uint32_t pairs[2];
+  // To the sums of kEights times eight tokens. Before they are stored, since most have none.
+  template <int kEights>
+  __device__ __forceinline__ void add_bias(float* sums) const {
+    if (!has_bias_) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* sum = sums + i * 2;
-      pairs[i] = ptx::transpose_matrix(pack<T>(sum[0] + bias_[i], sum[1] + bias_[i]));
+    for (int i = 0; i < kEights * 4; ++i) sums[i] += bias_[i / 2 % 2];
+  }
+
+  // The next tokens, the j-th of as many. Takes turns at two buffers: then a warp that is slower
+  // still reads one while the other is written.
+  __device__ __forceinline__ void put(const float* sums, int j, uint32_t& buffer) {
+    buffer ^= kStagingBytes;
+    ptx::store_matrices_transposed(staging_ + buffer + put_, pack<T>(sums[0], sums[1]),
+                                   pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]),
+                                   pack<T>(sums[6], sums[7]));
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      ptx::meet<32 * kWarps>(1 + pair_);
     }
-    if constexpr (kTransposed) {
-      const uint32_t got = __shfl_xor_sync(kAllLanes, odd_ ? pairs[0] : pairs[1], 1);
-      pairs[0] = odd_ ? got : pairs[0];
-      pairs[1] = odd_ ? pairs[1] : got;
-    }
-    const uint2 four =
-        !kTransposed && odd_ ? make_uint2(pairs[1], pairs[0]) : make_uint2(pairs[0], pairs[1]);
-    if (j * 8 < left_) __stcs(reinterpret_cast<uint2*>(to_ + j * 8 * stride_), four);
+    const uint4 eight = ptx::load_shared(staging_ + buffer + get_);
+    if (j * kStoreTokens < left_) __stcs(reinterpret_cast<uint4*>(to_), eight);
+    to_ += step_;
   }
 
  private:
-  bool odd_;
+  // Of 16 bytes of a token, swizzled so that neither way meets a bank twice.
+  __device__ static uint32_t offset_of(int token, int chunk) {
+    return token * (kWidth * 2) + ((chunk ^ token / kLineRows % kRowChunks) << 4);
+  }
+
+  int pair_;
+  uint32_t staging_, put_, get_;
   int left_;  // tokens, from this lane's first one on
+  bool has_bias_ = false;
   float bias_[2];
-  int64_t stride_;
   uint16_t* to_;
+  int64_t step_;
 };
 
 }  // namespace block_sparse::cuda::sm90::strips
