@@ -103,6 +103,7 @@ class Stopwatch:
         def timed(*args, **kwargs):
             if not self.on or self.inside:
                 return function(*args, **kwargs)
+            self.read()  # the first reading after one that has waited long takes 40 us: not work
             start, self.inside = self.read(), True
             result = function(*args, **kwargs)
             self.seconds += self.read() - start
