@@ -5,7 +5,7 @@ one line of OUT/results.jsonl; runs that are there already are not repeated, so 
 stopped and extended. At the end a table and a picture: held-out loss over density, mean and
 standard deviation over the seeds.
 
-    python examples/optimise_pattern.py                   # short form, on two cores: 20 minutes
+    python examples/optimise_pattern.py                   # short form, on two cores: 10 minutes
     python examples/optimise_pattern.py --long --devices cuda:0 cuda:1 cuda:2 cuda:3 --workers 56
     python examples/optimise_pattern.py --quick           # a toy, to see that everything works
 
@@ -49,7 +49,7 @@ LONG = {
     # Else the text is read several times, and the loss is of overfitting.
     "packages": ["torch", "sympy", "networkx", "numpy"],
 }
-QUICK = {"steps": 20, "seeds": [0]}
+QUICK = {"steps": 20, "seeds": [0], "hidden": 96, "batch_size": 8}
 
 
 def study(args: argparse.Namespace, deadline: float) -> list[Result]:
@@ -105,17 +105,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--methods", nargs="+", default=METHODS, choices=METHODS, help="what to run"
     )
     parser.add_argument("--densities", nargs="+", type=float, default=[0.25], help="at the end")
-    parser.add_argument("--blocks", nargs="+", type=int, default=[8], help="sizes of square blocks")
+    parser.add_argument(
+        "--blocks", nargs="+", type=int, default=[16], help="sizes of square blocks"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of each run")
-    parser.add_argument("--hidden", type=int, default=96, help="hidden size")
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers")
     parser.add_argument("--vocab-size", type=int, default=512, help="size of the vocabulary")
     parser.add_argument("--packages", nargs="*", default=[], help="whose sources are read too")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
     parser.add_argument(
-        "--learning-rate", type=float, default=4e-3, help="of dense weights, at its highest"
+        "--learning-rate", type=float, default=2e-3, help="of dense weights, at its highest"
     )
     parser.add_argument(
         "--init-std",
