@@ -16,7 +16,7 @@ void pack_columns(const typename Math::Storage* from, int64_t stride, int64_t to
                   int64_t features, typename Math::Packed* to, int64_t column_stride) {
   using Packed = typename Math::Packed;
   constexpr int64_t kStep = kLanes<Packed> * Math::kDepth;
-  constexpr int64_t kWide = kColumn<Packed> * Math::kDepth, kTogether = 4, kAhead = 8;
+  constexpr int64_t kWide = kColumn<Packed> * Math::kDepth, kTogether = 8, kAhead = 8;
   for (int64_t first = 0; first < tokens; first += kTogether) {
     const int64_t last = std::min(tokens, first + kTogether);
     for (int64_t feature = 0; feature < features; feature += kWide) {

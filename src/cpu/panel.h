@@ -85,7 +85,7 @@ class Panel {
         column_stride_(column_stride(desc)),
         columns_(static_cast<Packed*>(workspace)),
         prepare_all_(prepares_all(desc)),
-        fetch_blocks_(kForward && !kInPlace && !prepare_all_ && block_bytes(desc) >= kFetchedBytes),
+        large_blocks_(block_bytes(desc) >= kFetchedBytes),
         prepared_(columns_ + columns(desc) * column_stride_) {}
 
   static int64_t steps_of(int64_t features) { return (features + Math::kDepth - 1) / Math::kDepth; }
@@ -135,18 +135,20 @@ class Panel {
 
   void run_part(Range tokens, Range outputs) const {
     const Slice first = slice_at(outputs.begin, outputs, prepared_);
-    if (prepare_all_) {
-      for (Slice slice = first; slice.count > 0; slice = after(slice, outputs)) prepare(slice);
-    }
     for (int64_t token = tokens.begin; token < tokens.end; token += chunk_tokens_) {
+      // Once: with the first chunk, where the blocks of a slice are fetched while the one before it
+      // is multiplied.
+      const bool prepares = !kInPlace && (!prepare_all_ || token == tokens.begin);
+      const bool fetches = kForward && prepares && (prepare_all_ || large_blocks_);
       const Range chunk{token, std::min(tokens.end, token + chunk_tokens_)};
       pack_columns<Math>(static_cast<const Storage*>(x_.data) + token * x_.row_stride,
                          x_.row_stride, chunk.end - token, walk_.depths, columns_, column_stride_);
       for (Slice slice = first; slice.count > 0;) {
-        if (!prepare_all_) prepare(slice);
+        if (prepares) prepare(slice);
         const Slice next = after(slice, outputs);
-        with_constant<kVectors>(
-            vectors(slice), [&](auto wide) { run_slice<wide()>(slice, next, chunk, tokens.end); });
+        with_constant<kVectors>(vectors(slice), [&](auto wide) {
+          run_slice<wide()>(slice, next, chunk, tokens.end, fetches);
+        });
         slice = next;
       }
     }
@@ -175,11 +177,13 @@ class Panel {
   static int64_t vectors(const Slice& slice) { return (slice.count + kLane - 1) / kLane; }
 
   template <int kWide>
-  void run_slice(const Slice& slice, const Slice& next, Range tokens, int64_t tokens_end) const {
+  void run_slice(const Slice& slice, const Slice& next, Range tokens, int64_t tokens_end,
+                 bool fetches) const {
     // Tiles of about the same height.
     const int64_t count = tokens.end - tokens.begin;
     const int64_t tiles = (count + kTokens - 1) / kTokens;
-    const int64_t lines = kSliceOutputs * walk_.depth_block * int64_t{sizeof(Value)} / 64;
+    const int64_t lines =
+        fetches ? kSliceOutputs * walk_.depth_block * int64_t{sizeof(Value)} / 64 : 0;
     const int64_t each = (lines + tiles - 1) / tiles;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range part = even_part(count, 1, tile, tiles);
@@ -262,46 +266,60 @@ class Panel {
     }
   }
 
+  // The steps of an entry: where they begin in the columns, how many, and how many of these before
+  // the next column.
+  struct Steps {
+    int64_t offset, count, in_column;
+  };
+  BLOCK_SPARSE_INLINE Steps steps_of_entry(int64_t entry) const {
+    const uint64_t depth = static_cast<uint64_t>(walk_.depth[entry] * walk_.depth_block);
+    const uint64_t begin = depth / Math::kDepth, within = begin % kColumn;
+    const int64_t left = walk_.depths - static_cast<int64_t>(depth);
+    return {static_cast<int64_t>(begin / kColumn) * column_stride_ + static_cast<int64_t>(within),
+            steps_of(std::min(walk_.depth_block, left)), kColumn - static_cast<int64_t>(within)};
+  }
+
   template <int kHigh, int kWide>
   __attribute__((noinline)) void run_tile(const Slice& slice, int64_t token, const Packed* x,
                                           const Later& later) const {
     Tile<Math, kHigh, kWide> tile;
     alignas(64) Sum sums[kHigh * kWide * kLane];  // of the steps before those in the tile
     int64_t summed = 0, in_tile = 0;              // steps
+    Storage* to = static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output;
+
+    if (!stream_) {
+      for (int row = 0; row < kHigh; ++row) __builtin_prefetch(to + row * y_.row_stride, 1);
+    }
     if (later.tokens > 0) fetch_tokens(later, slice);
-    const auto column = [&](const Packed* from, int64_t step) {
-      return from + step / kColumn * column_stride_ + step % kColumn;
-    };
     for (int64_t entry = slice.entries.begin; entry < slice.entries.end; ++entry) {
-      const int64_t depth = walk_.depth[entry] * walk_.depth_block;
-      const int64_t begin = depth / Math::kDepth;
-      const int64_t end =
-          begin +
-          (std::min(walk_.depth_block, walk_.depths - depth) + Math::kDepth - 1) / Math::kDepth;
-      if (in_tile + end - begin > kChainSteps && in_tile > 0) {
+      const Steps steps = steps_of_entry(entry);
+      if (in_tile + steps.count > kChainSteps && in_tile > 0) {
         tile.add_to(sums, kWide * kLane, summed == 0);
         tile = {};
         summed += in_tile;
         in_tile = 0;
       }
-      in_tile += end - begin;
+      in_tile += steps.count;
       // What is needed next: the same steps of the entry after this one, or of the next tile.
-      if (fetch_blocks_) fetch_block(later, entry - slice.entries.begin);
+      if (later.lines.end > 0) fetch_block(later, entry - slice.entries.begin);
       const bool last = entry + 1 == slice.entries.end;
       const int64_t next = last ? slice.entries.begin : entry + 1;
-      const Packed* x_ahead = last ? x + kHigh * kColumn : x;
-      const int64_t ahead = walk_.depth[next] * walk_.depth_block / Math::kDepth - begin;
-      const auto vectors = vectors_of<kWide>(slice, entry, next);
-      for (int64_t step = begin; step < end;) {
-        const int64_t count = std::min(kColumn - step % kColumn, end - step);
-        tile.multiply(Column<Packed, kColumn>{column(x, step), column(x_ahead, step + ahead)},
-                      vectors.from(step - begin), count);
-        step += count;
+      const Packed* ahead = (last ? x + kHigh * kColumn : x) + steps_of_entry(next).offset;
+      const Packed* at = x + steps.offset;
+      auto vectors = vectors_of<kWide>(slice, entry, next);
+      // A column at a time. Addresses are moved on: what finds them anew takes as long as a step.
+      for (int64_t left = steps.count, count = std::min(left, steps.in_column); true;
+           count = std::min(left, kColumn)) {
+        tile.multiply(Column<Packed, kColumn>{at, ahead}, vectors, count);
+        left -= count;
+        if (left == 0) break;
+        vectors = vectors.from(count);
+        at += column_stride_ - kColumn + count;
+        ahead += column_stride_;
       }
     }
     if (summed > 0) tile.add(sums, kWide * kLane);
-    store_rows(tile, static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output,
-               y_.row_stride, slice.output, slice.count, epilogue_, stream_);
+    store_rows(tile, to, y_.row_stride, slice.output, slice.count, epilogue_, stream_);
   }
 
   Walk walk_;
@@ -316,7 +334,7 @@ class Panel {
   int64_t column_stride_;  // elements
   Packed* columns_;
   bool prepare_all_;   // once for all chunks
-  bool fetch_blocks_;  // those of the next slice
+  bool large_blocks_;  // they come from memory
   Packed* prepared_;
 };
 

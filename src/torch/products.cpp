@@ -117,8 +117,9 @@ Tensor allocate_like_rows(const Tensor& rows, int64_t features) {
 void run_product(ProductDesc desc, ProductArgs args, const Tensor& output) {
   if (output.numel() == 0) return;
   Device::describe(desc);
-  args.output = {output.mutable_data_ptr(),
-                 desc.product == Product::forward ? desc.out_features : desc.in_features};
+  void* data = output.mutable_data_ptr();
+  Device::will_write(data, output.numel() * static_cast<int64_t>(output.element_size()));
+  args.output = {data, desc.product == Product::forward ? desc.out_features : desc.in_features};
   const Execution execution = Device::execution(output);
   const Kernel& kernel = choose(Device::backend(), desc);
   const int64_t bytes = workspace_size(kernel, desc, execution);
