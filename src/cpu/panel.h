@@ -286,7 +286,6 @@ class Panel {
     alignas(64) Sum sums[kHigh * kWide * kLane];  // of the steps before those in the tile
     int64_t summed = 0, in_tile = 0;              // steps
     Storage* to = static_cast<Storage*>(y_.data) + token * y_.row_stride + slice.output;
-
     if (!stream_) {
       for (int row = 0; row < kHigh; ++row) __builtin_prefetch(to + row * y_.row_stride, 1);
     }
@@ -310,7 +309,7 @@ class Panel {
       // A column at a time. Addresses are moved on: what finds them anew takes as long as a step.
       for (int64_t left = steps.count, count = std::min(left, steps.in_column); true;
            count = std::min(left, kColumn)) {
-        tile.multiply(Column<Packed, kColumn>{at, ahead}, vectors, count);
+        tile.multiply(Column<Packed, kColumn, kHigh>{at, ahead}, vectors, count);
         left -= count;
         if (left == 0) break;
         vectors = vectors.from(count);

@@ -51,13 +51,13 @@ struct NumberedScalars {
 };
 
 // The same, rows a constant apart: they need no register each.
-template <class Packed, int kStride>
+template <class Packed, int kStride, int kRows>
 struct Column {
   const Packed* data;
-  const Packed* ahead;  // what will be read after a while: one row of it is fetched per step
+  const Packed* ahead;  // what will be read after a while: kRows rows, one fetched per step
 
   BLOCK_SPARSE_INLINE Packed operator()(int row, int64_t step) const {
-    if (row == 0) __builtin_prefetch(ahead + step * kStride);
+    if (row == 0 && step < kRows) __builtin_prefetch(ahead + step * kStride);
     return data[row * kStride + step];
   }
 };
