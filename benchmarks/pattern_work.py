@@ -9,9 +9,9 @@ whole number of updates, so that all is in it. Both compute with the same number
 is freed inside the windows.
 
 The work itself is timed: `sparsifier.step()`, what it collects before a step of the optimizer, and
-the hooks that watch a backward. On a GPU each of these waits for the device before and after, so
-nothing of it overlaps with the training, as it would: the figure is an upper bound. On a CPU it is
-the time of the processor, with one thread, since other processes disturb it least. The difference
+the hooks that watch a backward. On a GPU by the device's clock: what it spends between the last
+kernel before a piece of work and the last of it, waiting for the host included. On a CPU it is the
+time of the processor, with one thread, since other processes disturb it least. The difference
 between the two models, whole windows of them, is what it must agree with, but for the noise.
 
 The share of the whole training is that of the windows, each times the part of the training that it
@@ -87,16 +87,38 @@ SIZES = {
 
 
 class Stopwatch:
-    """Adds up the seconds inside of the functions that it watches, while it is `on`."""
+    """Adds up the seconds inside of the functions that it watches, while it is `on`.
+
+    On a GPU by the device's clock, between an event before and an event after: a device that is
+    behind its host spends that long on the work, one that waits for its host waits in there too.
+    """
 
     def __init__(self, device):
-        self.now = time.perf_counter if device == "cuda" else time.process_time
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self.on, self.inside, self.seconds = False, False, 0.0
+        self.on_gpu = device == "cuda"
+        self.now = time.perf_counter if self.on_gpu else time.process_time
+        self.on, self.inside, self.pieces = False, False, []
 
     def read(self):
-        self.wait()
+        if self.on_gpu:
+            torch.cuda.synchronize()
         return self.now()
+
+    def mark(self):
+        if not self.on_gpu:
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self):
+        """Of all pieces since the last call."""
+        self.read()
+        if self.on_gpu:
+            total = sum(start.elapsed_time(end) for start, end in self.pieces) / 1e3
+        else:
+            total = sum(end - start for start, end in self.pieces)
+        self.pieces = []
+        return total
 
     def watch(self, owner, name):
         """Puts a timed function in the place of `owner.name`."""
@@ -105,10 +127,9 @@ class Stopwatch:
         def timed(*args, **kwargs):
             if not self.on or self.inside:
                 return function(*args, **kwargs)
-            self.read()  # the first reading after one that has waited long takes 40 us: not work
-            start, self.inside = self.read(), True
+            start, self.inside = self.mark(), True
             result = function(*args, **kwargs)
-            self.seconds += self.read() - start
+            self.pieces.append((start, self.mark()))
             self.inside = False
             return result
 
@@ -156,10 +177,10 @@ class Training:
 
     def work(self, count):
         """Seconds of pattern work in so many training steps."""
-        self.stopwatch.on, self.stopwatch.seconds = True, 0.0
+        self.stopwatch.on = True
         self.steps(count)
         self.stopwatch.on = False
-        return self.stopwatch.seconds
+        return self.stopwatch.seconds()
 
     def jump(self, step, alive):
         """To the step before one with an update, the last one before `step`, and makes that one."""
