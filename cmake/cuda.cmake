@@ -19,6 +19,10 @@ endif()
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
 enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+  message(FATAL_ERROR "CUDA needs nvcc 12.3, the first that reads and writes 16 bytes as one; this "
+    "is ${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
 include(cmake/cutlass.cmake)
 
 add_library(block_sparse_cuda STATIC
@@ -70,11 +74,16 @@ add_library(block_sparse_sm80 OBJECT
 set_target_properties(block_sparse_sm80 PROPERTIES CUDA_ARCHITECTURES "${BLOCK_SPARSE_SM80}")
 target_sources(block_sparse_cuda PRIVATE $<TARGET_OBJECTS:block_sparse_sm80>)
 
+# A third of the size, and as torch's own libraries are made; decompressed when a kernel is loaded.
+include(CheckCompilerFlag)
+check_compiler_flag(CUDA --compress-mode=size BLOCK_SPARSE_CAN_COMPRESS)
+
 foreach(target block_sparse_cuda block_sparse_sm80 block_sparse_sm90)
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
   # relaxed-constexpr: device code calls std::bit_cast, which is constexpr and not marked __device__.
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
+      $<$<BOOL:${BLOCK_SPARSE_CAN_COMPRESS}>:--compress-mode=size>
       $<$<BOOL:${BLOCK_SPARSE_WERROR}>:-Xcompiler=-Werror --Werror=all-warnings>>)
   target_link_libraries(${target} PUBLIC block_sparse_flags)
 endforeach()

@@ -1,14 +1,22 @@
-# Sets BLOCK_SPARSE_CUDA to ON where there are both a compiler and a GPU, else to OFF.
+# Sets BLOCK_SPARSE_CUDA to ON where there are both a compiler that serves and a GPU, else to OFF.
 find_program(BLOCK_SPARSE_NVCC nvcc HINTS /usr/local/cuda/bin)
 find_program(BLOCK_SPARSE_NVIDIA_SMI nvidia-smi)
 set(GPUS "")
+set(NVCC_SAYS "")
+if(BLOCK_SPARSE_NVCC)
+  execute_process(COMMAND ${BLOCK_SPARSE_NVCC} --version
+    OUTPUT_VARIABLE NVCC_SAYS ERROR_QUIET)
+endif()
 if(BLOCK_SPARSE_NVIDIA_SMI)
   execute_process(COMMAND ${BLOCK_SPARSE_NVIDIA_SMI} --list-gpus
     OUTPUT_VARIABLE GPUS ERROR_QUIET)
 endif()
-if(BLOCK_SPARSE_NVCC AND GPUS MATCHES "GPU 0")
-  set(BLOCK_SPARSE_CUDA ON)
-else()
-  set(BLOCK_SPARSE_CUDA OFF)
+set(BLOCK_SPARSE_CUDA OFF)
+if(GPUS MATCHES "GPU 0" AND NVCC_SAYS MATCHES "release ([0-9.]+)")
+  if(CMAKE_MATCH_1 VERSION_LESS 12.3)
+    message(STATUS "nvcc ${CMAKE_MATCH_1} is too old for the CUDA kernels: they need 12.3")
+  else()
+    set(BLOCK_SPARSE_CUDA ON)
+  endif()
 endif()
 message(STATUS "BLOCK_SPARSE_CUDA: ${BLOCK_SPARSE_CUDA} (detected)")

@@ -29,20 +29,23 @@ def program(path, prints):
 
 
 GPU = "GPU 0: NVIDIA H200 (UUID: GPU-1)"
+NVCC = "Cuda compilation tools, release {}, V{}.1"
 
 
 @pytest.mark.parametrize(
     ("nvcc", "gpus", "built"),
     [
-        (True, GPU, "ON"),
-        (True, "No devices found.", "OFF"),
-        (True, None, "OFF"),  # no driver
-        (False, GPU, "OFF"),
+        ("13.0", GPU, "ON"),
+        ("12.3", GPU, "ON"),
+        ("12.2", GPU, "OFF"),  # too old
+        ("13.0", "No devices found.", "OFF"),
+        ("13.0", None, "OFF"),  # no driver
+        (None, GPU, "OFF"),
     ],
 )
 def test_cuda_is_built_where_it_can_run(nvcc, gpus, built, tmp_path):
     # An empty name counts as searched for and not found.
-    compiler = program(tmp_path / "nvcc", "") if nvcc else ""
+    compiler = program(tmp_path / "nvcc", NVCC.format(nvcc, nvcc)) if nvcc else ""
     smi = program(tmp_path / "nvidia-smi", gpus) if gpus else ""
     code, output = run(
         f"-DBLOCK_SPARSE_NVCC={compiler}",

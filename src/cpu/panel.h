@@ -1,9 +1,9 @@
 // Panel: forward and grad_input with the outputs as lanes. A tile of tokens x outputs sums over all
 // entries of its output block in registers and is stored once, where it belongs: the output, which
 // is the largest operand, is never re-ordered. x is copied into columns, a block is a vector per
-// step; in forward it is transposed first, once per chunk of tokens, unless the values are packed.
-// Canonical ones: not for few tokens (a block is brought into form for each chunk). Never for
-// blocks whose output side is no multiple of the lanes.
+// step; in forward it is transposed first, once or per chunk of tokens, unless the values are
+// packed. Canonical ones: not for few tokens (a block is brought into form for each chunk). Never
+// for blocks whose output side is no multiple of the lanes.
 #pragma once
 
 #include "block_sparse/packed.h"
@@ -42,7 +42,8 @@ class Panel {
   static constexpr int64_t kSmallChunkBytes = 256 << 10;
   static constexpr int64_t kLargeChunkBytes = kInPlace ? 2 << 20 : 8 << 20;
   static constexpr int64_t kManyTokens = 256;
-  // Blocks from this size on are fetched ahead of their use.
+  // Blocks from this size on are fetched ahead of their use in each chunk, smaller ones in the
+  // first, where they are prepared.
   static constexpr int64_t kFetchedBytes = 4 << 20;
   static constexpr int64_t kMinTokensPerPart = 64;
 
@@ -136,8 +137,8 @@ class Panel {
   void run_part(Range tokens, Range outputs) const {
     const Slice first = slice_at(outputs.begin, outputs, prepared_);
     for (int64_t token = tokens.begin; token < tokens.end; token += chunk_tokens_) {
-      // Once: with the first chunk, where the blocks of a slice are fetched while the one before it
-      // is multiplied.
+      // Where all is prepared, with the first chunk: the blocks of a slice are fetched while the
+      // one before it is multiplied.
       const bool prepares = !kInPlace && (!prepare_all_ || token == tokens.begin);
       const bool fetches = kForward && prepares && (prepare_all_ || large_blocks_);
       const Range chunk{token, std::min(tokens.end, token + chunk_tokens_)};
@@ -266,8 +267,8 @@ class Panel {
     }
   }
 
-  // The steps of an entry: where they begin in the columns, how many, and how many of these before
-  // the next column.
+  // The steps of an entry: where they begin in the columns, how many, and how many there is
+  // room for before the next column.
   struct Steps {
     int64_t offset, count, in_column;
   };

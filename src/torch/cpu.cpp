@@ -25,7 +25,7 @@ Execution Device::execution(const Tensor&) {
 
 // glibc maps what is larger than 32 MB anew each time, and a fault for each 4 KB of an output takes
 // as long as a tenth of a sparse product: pages of 2 MB are asked for, where the system gives them
-// to those who ask. Where it does not, nothing changes.
+// to those who ask. Where it does not, or another allocator keeps the memory, little changes.
 void Device::will_write([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr int64_t kMapped = 32 << 20;

@@ -1,6 +1,7 @@
 // Exchange: sums of a row of blocks that several CTAs share, on their way through workspace to the
-// CTA in which the row ends. That one waits for CTAs before its own only, which have been started
-// earlier and wait for nobody later: so all get on, however few multiprocessors there are.
+// CTA in which the row ends. That one waits for CTAs before its own only, and these for nobody
+// later. CTAs are started in the order of their numbers, as every GPU does it and none promises: so
+// all get on, however few multiprocessors there are.
 //
 // Nobody knows what is in workspace before. So each 16 bytes, which are written and read at once,
 // say in their second half whose they are: a number that no other launch has. Who has read them

@@ -15,7 +15,7 @@ namespace block_sparse::cuda::skinny {
 // From Hopper on.
 inline bool can_start_early() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
-// Even, and by no other launch of this process, or what memory may happen to contain.
+// Even, of no other launch of this process, and all but certainly not what memory contains.
 inline uint64_t number_of_launch() {
   static std::atomic<uint64_t> next = [] {
     std::random_device random;

@@ -1,4 +1,4 @@
-// Params: a few-token product as its kernels see it, with outputs and depth instead of the names of
+// Params: a few-token product as its kernel sees it, with outputs and depth instead of the names of
 // the two products; and how its units are split. Sums of block rows that several CTAs share go
 // through workspace.
 #pragma once

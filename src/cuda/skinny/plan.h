@@ -43,7 +43,7 @@ struct Plan {
   }
 };
 
-// Of a row of blocks. In grad_input the CTAs of a team read the same rows of W, 64 bytes each; from
+// Of a row of blocks. In grad_input the CTAs of a team read parts of the same rows of W; from
 // this many sums on that costs less than what the CTAs of rows with all strips leave to each other.
 constexpr int64_t kManySums = 4096;
 

@@ -133,7 +133,6 @@ struct Sizes {
   static constexpr int kLineBytes = kPiece.strided ? kRowBytes : 128;
   static constexpr int kLineRows = kLineBytes / kRowBytes;
   static constexpr int kStagingBytes = kStoreTokens * kPiece.outputs * 2;
-  // A consumer holds one stage while it waits for the next.
   // What a CTA is started with is all that its warps can share, or they wait forever.
   static constexpr int kRegisters = 65536 / kTile.threads() / 8 * 8;  // of a thread
   static_assert(kTile.warpgroups * kTile.consumer_registers + kTile.producer_registers <=

@@ -115,8 +115,8 @@ __device__ inline int first_output(const Params& params, int place, int line) {
   return ((line << params.log_line_parts) + part) * params.piece_outputs;
 }
 
-// Warps meet at barriers only: `full` and `empty` of each stage of x. W lies in a ring of its own
-// that is freed with the stages.
+// Warps meet at `full` and `empty` of each stage of x, and pairs of them, when they store, at named
+// barriers (strip_store.cuh). W lies in a ring of its own that is freed with the stages.
 template <Config kConfig>
 struct alignas(1024) Shared {
   using Size = Sizes<kConfig>;
