@@ -74,16 +74,19 @@ add_library(block_sparse_sm80 OBJECT
 set_target_properties(block_sparse_sm80 PROPERTIES CUDA_ARCHITECTURES "${BLOCK_SPARSE_SM80}")
 target_sources(block_sparse_cuda PRIVATE $<TARGET_OBJECTS:block_sparse_sm80>)
 
-# A third of the size, and as torch's own libraries are made; decompressed when a kernel is loaded.
-include(CheckCompilerFlag)
-check_compiler_flag(CUDA --compress-mode=size BLOCK_SPARSE_CAN_COMPRESS)
+# Smaller, and decompressed when it is loaded. Only from 13 on can every driver that runs what nvcc
+# made read this, too.
+set(BLOCK_SPARSE_COMPRESS "")
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
+  set(BLOCK_SPARSE_COMPRESS --compress-mode=size)
+endif()
 
 foreach(target block_sparse_cuda block_sparse_sm80 block_sparse_sm90)
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
   # relaxed-constexpr: device code calls std::bit_cast, which is constexpr and not marked __device__.
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra
-      $<$<BOOL:${BLOCK_SPARSE_CAN_COMPRESS}>:--compress-mode=size>
+      ${BLOCK_SPARSE_COMPRESS}
       $<$<BOOL:${BLOCK_SPARSE_WERROR}>:-Xcompiler=-Werror --Werror=all-warnings>>)
   target_link_libraries(${target} PUBLIC block_sparse_flags)
 endforeach()

@@ -228,6 +228,14 @@ def test_x_or_blocks_larger_than_a_cache(run_with, threads, level, tokens, nnz):
 
 
 @needs_level
+def test_output_for_which_large_pages_are_asked(run_with, level):
+    """More than 32 MB, and no whole number of such pages."""
+    index = ops.index_random(65, 1, 20, 0, False)
+    calls = products(index, 4100, 2080, 32, (32, 32), torch.float32)
+    check(run_with, "cpu_panel", level, {"forward": calls["forward with bias"]}, "34 MB")
+
+
+@needs_level
 @pytest.mark.parametrize("tokens", [4, 256])
 @pytest.mark.parametrize("block", [(32, 32), (8, 8), (16, 1), (1, 16)], ids=str)
 def test_long_sums_are_as_close_to_float64_as_torch(run_with, block, tokens, level):
