@@ -62,6 +62,20 @@ def test_a_frozen_layer_stays_as_it_is_with_a_warning(build):
 
 
 @build
+def test_a_layer_frozen_later_is_an_error_at_the_next_update(build):
+    model = mlp(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = build(model, optimizer)
+    model[2].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"2: has been frozen since .* make the method anew"):
+        for _ in range(100):
+            model(torch.randn(4, model[0].in_features)).square().mean().backward()
+            optimizer.step()
+            sparsifier.step()
+            optimizer.zero_grad()
+
+
+@build
 def test_only_some_layers(build):
     model = mlp(0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

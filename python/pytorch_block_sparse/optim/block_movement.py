@@ -155,7 +155,7 @@ class BlockMovement(Sparsifier):
     def _collect(self) -> None:
         if self.steps >= self.schedule.end or self.steps % self.score_every:
             return
-        self._check_counts()
+        self._check_layers()
         blocks = sum(layer.start for layer in self.layers)
         push = self.penalty * self.tau(self.steps) / self.threshold
         scale = getattr(self.optimizer, "grad_scale", None)  # fused, under a GradScaler

@@ -275,9 +275,15 @@ class Sparsifier:
                 "last call of step(); call it after each optimizer.step()"
             )
 
-    def _check_counts(self) -> None:
+    def _check_layers(self) -> None:
         """Not in every step: it takes longer than what is done in most of them."""
         for layer in self.layers:
+            if self.optimizer is not None and not layer.module.values.requires_grad:
+                raise RuntimeError(
+                    f"{layer.name}: has been frozen since {type(self).__name__} was made, which "
+                    "would go on changing its pattern; make the method anew, it leaves frozen "
+                    "layers as they are"
+                )
             if len(layer.alive) != layer.module.block_count:
                 raise RuntimeError(
                     f"{layer.name}: has {layer.module.block_count} blocks, but "
@@ -307,7 +313,7 @@ class Sparsifier:
         self._new_steps += 1
 
     def _run_update(self) -> dict[str, Any]:
-        self._check_counts()
+        self._check_layers()
         before = [layer.alive_count for layer in self.layers]
         self._nan = []
         changed = self._update()
