@@ -17,7 +17,8 @@ target_link_options(block_sparse_torch INTERFACE -Wl,--no-as-needed -Wl,--exclud
 target_link_libraries(block_sparse_torch INTERFACE ${TORCH_DIRECTORY}/lib/libtorch_cpu.so)
 
 function(block_sparse_torch_library name)
-  add_library(${name} MODULE src/torch/products.cpp src/torch/zero.cpp ${ARGN})
+  add_library(${name} MODULE
+    src/torch/products.cpp src/torch/tensors.cpp src/torch/zero.cpp ${ARGN})
   target_link_libraries(${name} PRIVATE block_sparse_flags block_sparse_torch)
   # torch is already loaded by the time that this library is: no run path into its directory.
   set_target_properties(${name} PROPERTIES PREFIX "" SUFFIX ".so" SKIP_BUILD_RPATH ON)

@@ -10,8 +10,9 @@
 
 namespace block_sparse::cuda {
 
+constexpr int kWarp = 32;
 constexpr int kBatchThreads = 256;
-constexpr int kBlocksPerCta = kBatchThreads / 32;
+constexpr int kBlocksPerCta = kBatchThreads / kWarp;
 
 // `Item` describes a tensor; its `count` is that of the blocks to work on.
 template <class Item>

@@ -5,7 +5,6 @@
 namespace block_sparse::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What a lane loads at once: 16 bytes, or one element where blocks are not aligned to that.

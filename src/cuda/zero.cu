@@ -5,8 +5,6 @@
 namespace block_sparse::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-
 template <class Word>
 __device__ void zero(char* block, int64_t bytes) {
   const int64_t words = bytes / static_cast<int64_t>(sizeof(Word));

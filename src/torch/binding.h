@@ -25,8 +25,8 @@ struct Device {
   static Backend backend();
   // The threads or the stream to run on.
   static Execution execution(const Tensor& tensor);
-  // Called for the memory of an output before its first use.
-  static void will_write(void* data, int64_t bytes);
+  // Called for a new output, before its memory is used.
+  static void will_write(const Tensor& output);
   // Completes the description by what the execution lends.
   static void describe(ProductDesc& desc);
   // Memory safety of the indices: checked on the CPU; on a GPU the kernels clamp instead, since

@@ -26,14 +26,14 @@ Execution Device::execution(const Tensor&) {
 // glibc maps what is larger than 32 MB anew each time, and a fault for each 4 KB of an output takes
 // as long as a tenth of a sparse product: pages of 2 MB are asked for, where the system gives them
 // to those who ask. Where it does not, or another allocator keeps the memory, little changes.
-void Device::will_write([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+void Device::will_write([[maybe_unused]] const Tensor& output) {
 #ifdef __linux__
-  constexpr int64_t kMapped = 32 << 20;
-  constexpr uintptr_t kPage = 2 << 20;
+  constexpr uintptr_t kMapped = 32 << 20, kPage = 2 << 20;
+  const auto bytes = static_cast<uintptr_t>(output.numel()) * output.element_size();
   if (bytes < kMapped) return;
-  const auto address = reinterpret_cast<uintptr_t>(data);
+  const auto address = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
   const uintptr_t begin = (address + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  const uintptr_t end = (address + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -91,7 +91,7 @@ Execution Device::execution(const Tensor& tensor) {
   return execution;
 }
 
-void Device::will_write(void*, int64_t) {}
+void Device::will_write(const Tensor&) {}
 
 void Device::describe(ProductDesc& desc) {
   // With fewer tokens it makes no difference, and a first handle costs more than a product.

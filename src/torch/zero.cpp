@@ -1,17 +1,8 @@
-// The op zero_blocks_: checks its tensors and hands their memory to the device. And what it shares
-// with block_dots.
+// The op zero_blocks_: checks its tensors and hands their memory to the device.
 #include "binding.h"
 #include "block_sparse/check.h"
 
 namespace block_sparse::binding {
-
-const int64_t* block_numbers(const Tensor& blocks, const Tensor& like) {
-  check(blocks.dim() == 1 && blocks.is_contiguous() &&
-            blocks.scalar_type() == torch::headeronly::ScalarType::Long,
-        "blocks: must be contiguous int64 [n], got ", describe(blocks));
-  check_same_device("blocks", blocks, "values", like);
-  return static_cast<const int64_t*>(blocks.const_data_ptr());
-}
 
 void zero_blocks(const std::vector<Tensor>& values, const std::vector<Tensor>& blocks) {
   check(!values.empty() && values.size() == blocks.size(), "blocks: has ", blocks.size(),

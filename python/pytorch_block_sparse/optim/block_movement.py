@@ -95,14 +95,10 @@ class BlockMovement(Sparsifier):
         )
         if every is None:
             every = max(10, (end - begin) // 65)
-        check_int("every", every)
-        if every < 1:
-            raise ValueError(f"every: must be at least 1, got {every}")
+        check_int("every", every, least=1)
         if score_every is None:
             score_every = min(25, max(1, (end - begin) // 250))
-        check_int("score_every", score_every)
-        if score_every < 1:
-            raise ValueError(f"score_every: must be at least 1, got {score_every}")
+        check_int("score_every", score_every, least=1)
         self.tau = Cubic(0.0, threshold, begin, end)
         last = begin + (end - begin) // every * every
         schedule = Every(every, begin, last)

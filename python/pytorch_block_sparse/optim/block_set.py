@@ -80,9 +80,7 @@ class BlockSET(Sparsifier):
         end = share_of(total_steps, 0.5, "end", end)
         if every is None:
             every = max(1, min(end // 4, max(100, end // self._updates)))
-        check_int("every", every)
-        if every < 1:
-            raise ValueError(f"every: must be at least 1, got {every}")
+        check_int("every", every, least=1)
         if not callable(drop):
             check_share("drop", drop)
         if score not in scores.FROM_WEIGHTS:

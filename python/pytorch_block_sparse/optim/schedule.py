@@ -22,10 +22,12 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be in [0, 1], got {value!r}")
 
 
-def check_int(name: str, value: int) -> None:
-    """ValueError unless it is an int."""
+def check_int(name: str, value: int, least: int | None = None) -> None:
+    """ValueError unless it is an int, and not less than `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}: must be an int, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: must be at least {least}, got {value}")
 
 
 def share_of(total_steps: int, share: float, name: str, given: int | None = None) -> int:
@@ -66,8 +68,7 @@ class Every:
             raise ValueError(
                 f"end: the schedule ends (step {self.end}) before it starts (step {self.begin})"
             )
-        if self.interval < 1:
-            raise ValueError(f"interval: must be at least 1, got {self.interval}")
+        check_int("interval", self.interval, least=1)
 
     def due(self, step: int) -> bool:
         """True if something is to be done at `step`."""
