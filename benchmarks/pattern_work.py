@@ -1,6 +1,6 @@
 """What the search for a pattern costs in training: each method against the same model without it.
 
-Usage: python benchmarks/pattern_work.py [--device cuda] [--json FILE]
+Usage: python benchmarks/pattern_work.py [--whole] [--device cuda] [--json FILE]
 
 A Llama-like decoder with random tokens. For each method two models, patched alike, train in turn in
 one process, some steps each, since clocks drift; one of them has the method at its own cadence, put
@@ -17,6 +17,9 @@ between the two models, whole windows of them, is what it must agree with, but f
 The share of the whole training is that of the windows, each times the part of the training that it
 stands for, and compaction (6 times or once in a training, timed apart) over `--steps`. Figures are
 medians over the windows, `+-` is how far the windows are from them.
+
+With `--whole` each method trains over all `--steps` instead, once, with its own compactions, and the
+share is the work over all of that time. It takes hours on a CPU, where fewer steps make it larger.
 """
 
 import argparse
@@ -83,6 +86,27 @@ STEPS_IN_TURN = 10
 SIZES = {
     "cuda": {"hidden": 2048, "layers": 2, "tokens": 8192, "block": 32, "rounds": 2},
     "cpu": {"hidden": 256, "layers": 2, "tokens": 512, "block": 32, "rounds": 2},
+}
+
+WINDOWS = {
+    "method": "{method}",
+    "step, ms": "{step_ms:.2f}",
+    "pattern work, ms": "{work_ms:.3f}",
+    "update every": "{update_every}",
+    "compaction, ms": "{compaction_ms:.0f}",
+    "active": "{active:.0%}",
+    "share of the training": "{share:.2%}",
+    "+- of it": "{spread:.2%}",
+    "difference": "{difference:.2%}",
+    "+- of the difference": "{difference_spread:.2%}",
+}
+WHOLE = {
+    "method": "{method}",
+    "training, s": "{seconds:.1f}",
+    "pattern work, s": "{work_seconds:.3f}",
+    "updates": "{updates}",
+    "density at the end": "{density:.2f}",
+    "share of the training": "{share:.2%}",
 }
 
 
@@ -202,6 +226,28 @@ class Training:
         return self.stopwatch.read() - start
 
 
+def train(args, name):
+    """The whole training, with all that the method does in it."""
+    case = METHODS[name]
+    options = {key: value for key, value in case.options.items() if not key.startswith("compact")}
+    ours = Training(args, case.density, lambda m, o: case.method(m, o, args.steps, **options))
+    ours.stopwatch.on = True
+    seconds = work = 0.0
+    for begin in range(0, args.steps, args.window):
+        seconds += ours.steps(min(args.window, args.steps - begin))
+        work += ours.stopwatch.seconds()
+        print(f"{name}: {begin} of {args.steps}", end="\r", file=sys.stderr, flush=True)
+    ours.stopwatch.on = False
+    return {
+        "method": name,
+        "seconds": seconds,
+        "work_seconds": work,
+        "updates": len(ours.sparsifier.log),
+        "density": ours.sparsifier.density(),
+        "share": work / seconds,
+    }
+
+
 def measure(args, name):
     case = METHODS[name]
     plain = Training(args, case.density)
@@ -282,6 +328,7 @@ def around(figures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cpu", choices=sorted(SIZES))
+    parser.add_argument("--whole", action="store_true", help="all steps instead of windows of them")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--steps", type=int, default=10_000, help="length of the whole training")
     parser.add_argument("--window", type=int, default=100, help="at least so many steps")
@@ -301,23 +348,13 @@ def main():
     args.stopwatch.watch(Sparsifier, "_before_optimizer_step")
     args.stopwatch.watch(GradientWatcher, "_after_forward")
     args.stopwatch.watch(GradientWatcher, "_after_backward")
+    columns, how = (WHOLE, train) if args.whole else (WINDOWS, measure)
     lines = []
-    print(
-        "| method | step, ms | pattern work, ms | update every | compaction, ms "
-        "| active | share of the training | +- | difference | +- |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in args.methods:
-        line = measure(args, name)
+        line = how(args, name)
         lines.append(line)
-        print(
-            f"| {name} | {line['step_ms']:.2f} | {line['work_ms']:.3f} "
-            f"| {line['update_every']} | {line['compaction_ms']:.0f} "
-            f"| {100 * line['active']:.0f} % "
-            f"| {100 * line['share']:.2f} % | {100 * line['spread']:.2f} "
-            f"| {100 * line['difference']:.2f} % | {100 * line['difference_spread']:.2f} |",
-            flush=True,
-        )
+        print(f"| {' | '.join(cell.format(**line) for cell in columns.values())} |", flush=True)
     if args.json is not None:
         own = ("json", "methods", "stopwatch")
         setup = {key: value for key, value in vars(args).items() if key not in own}
