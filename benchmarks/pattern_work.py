@@ -18,8 +18,8 @@ The share of the whole training is that of the windows, each times the part of t
 stands for, and compaction (6 times or once in a training, timed apart) over `--steps`. Figures are
 medians over the windows, `+-` is how far the windows are from them.
 
-With `--whole` each method trains over all `--steps` instead, once, with its own compactions, and the
-share is the work over all of that time. It takes hours on a CPU, where fewer steps make it larger.
+With `--whole` each method trains over all `--steps` instead, once, with its own compactions, and
+the share is the work over all of that time. It takes hours on a CPU.
 """
 
 import argparse
