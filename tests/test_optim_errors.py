@@ -7,6 +7,7 @@ from torch import nn
 from optim_helpers import mlp, train_step
 from pytorch_block_sparse import BlockSparseLinear
 from pytorch_block_sparse.optim import (
+    BlockImportance,
     BlockMovement,
     BlockRigL,
     BlockSET,
@@ -243,8 +244,20 @@ def test_sparse_optimizer_without_layers():
         SparseOptimizer([mlp()[0]], new_coefficients_scale=float("nan"))
 
 
+@pytest.mark.parametrize("build", [BlockSET, BlockRigL])
+def test_what_set_and_rigl_cannot_call_or_look_up(build):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(TypeError, match=r"new_values: must take \(layer, k\) .* got int"):
+        build(model, optimizer, 100, new_values=3)
+    with pytest.raises(ValueError, match=r"score: must be one of .* got \[1\]"):
+        build(model, optimizer, 100, score=[1])
+
+
 def test_a_choice_of_layers_that_is_no_function():
     model = mlp()
+    with pytest.raises(TypeError, match="only: must take a layer's name, got str"):
+        BlockImportance(model, only="0")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(TypeError, match="only: must take a layer's name, got list"):
         BlockSET(model, optimizer, 100, only=["0"])

@@ -166,6 +166,10 @@ def test_what_was_not_measured_is_an_error():
         BlockImportance(model, only=lambda name: False)
     with pytest.raises(ValueError, match="decay"):
         BlockImportance(model, decay=1.0)
+    with pytest.raises(TypeError, match="decay: must be a number, got 'x'"):
+        BlockImportance(model, decay="x")
+    with pytest.raises(TypeError, match="share: must be a number"), importance.candidates("x"):
+        pass
     with pytest.raises(ValueError, match="share"), importance.candidates(share=0):
         pass
 

@@ -45,9 +45,11 @@ def test_sparse_values_learn_faster():
 
 def test_parameter_groups_refuses():
     model = nn.Sequential(BlockSparseLinear(64, 64, density=0.25))
-    for rate in (0.0, -1.0, math.nan):
+    for rate in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="lr: must be positive"):
             parameter_groups(model, rate)
+    with pytest.raises(TypeError, match=r"lr: must be a number, got '0\.1'"):
+        parameter_groups(model, "0.1")
     with pytest.raises(ValueError, match="has no BlockSparseLinear"):
         parameter_groups(nn.Linear(4, 4), 0.1)
 
@@ -71,6 +73,25 @@ def test_schedules():
 )
 def test_a_schedule_that_ends_before_it_starts(make):
     with pytest.raises(ValueError, match=r"end: the schedule ends .* before it starts"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Cubic(math.nan, 0.1, 0, 5), ValueError, "start: must be finite, got nan"),
+        (lambda: Cubic(1.0, math.inf, 0, 5), ValueError, "final: must be finite, got inf"),
+        (lambda: Cubic("x", 0.1, 0, 5), TypeError, "start: must be a number, got 'x'"),
+        (lambda: Cubic(1.0, 0.1, "a", 5), ValueError, "begin: must be an int, got 'a'"),
+        (lambda: Cubic(1.0, 0.1, 0, math.nan), ValueError, "end: must be an int, got nan"),
+        (lambda: Cosine(0.5, math.nan), ValueError, "end: must be an int, got nan"),
+        (lambda: Cosine(0.5, 2.5), ValueError, "end: must be an int, got 2.5"),
+        (lambda: Constant("x"), TypeError, "value: must be a number, got 'x'"),
+        (lambda: Constant(math.nan), ValueError, "value: must be finite, got nan"),
+    ],
+)
+def test_schedules_of_what_is_no_number(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 
@@ -206,8 +227,30 @@ def test_distillation_bad_input():
         DistillationLoss()(x, torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"labels: must be \[2\]"):
         DistillationLoss()(x, x, torch.zeros(3, dtype=torch.long))
-    with pytest.raises(TypeError, match="logits: must be a tensor"):
-        DistillationLoss()("x", x)
+    for temperature in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature: must be positive and finite"):
+            DistillationLoss(temperature)
+    with pytest.raises(TypeError, match="temperature: must be a number, got '2'"):
+        DistillationLoss("2")
+    with pytest.raises(TypeError, match=r"alpha: must be a number, got '0\.5'"):
+        DistillationLoss(2.0, "0.5")
+    loss = DistillationLoss()
+    with pytest.raises(TypeError, match=r"student: must be logits, a tensor, or .* got str"):
+        loss("x", x)
+    for output in ((x,), {"logits": x}):
+        kind = type(output).__name__
+        with pytest.raises(TypeError, match=f"teacher: .* got {kind}: pass its logits alone"):
+            loss(x, output)
+    with pytest.raises(ValueError, match=r"student: logits must be \[\.\.\., classes\]"):
+        loss(x.sum(), x.sum())
+    with pytest.raises(ValueError, match=r"causal wants .* \[\.\.\., tokens, classes\], got \[3\]"):
+        DistillationLoss(causal=True)(x[0], x[0])
+    with pytest.raises(TypeError, match="labels: must be a tensor, got list"):
+        loss(x, x, [0, 1])
+    with pytest.raises(TypeError, match="mask: must be a tensor, got list"):
+        loss(x, x, None, [True, True])
+    with pytest.raises(TypeError, match=r"labels: must be integers, got torch\.float32"):
+        loss(x, x, torch.zeros(2))
     assert DistillationLoss()(x, x, torch.full((2,), -100)) == 0
 
 

@@ -83,8 +83,13 @@ class BlockSET(Sparsifier):
         check_int("every", every, least=1)
         if not callable(drop):
             check_share("drop", drop)
-        if score not in scores.FROM_WEIGHTS:
+        if score not in list(scores.FROM_WEIGHTS):  # a list: of what has no hash too
             raise ValueError(f"score: must be one of {list(scores.FROM_WEIGHTS)}, got {score!r}")
+        if new_values is not None and not callable(new_values):
+            raise TypeError(
+                "new_values: must take (layer, k) and return values, got "
+                f"{type(new_values).__name__}"
+            )
         if second_moment not in ("zero", "mean"):
             raise ValueError(f"second_moment: must be 'zero' or 'mean', got {second_moment!r}")
         self.second_moment = second_moment

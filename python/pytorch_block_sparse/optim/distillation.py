@@ -1,11 +1,14 @@
 """Distillation: a sparse model learns from the dense one that it was. Optional, never required."""
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .schedule import check_number
 
 
 class DistillationLoss(nn.Module):
@@ -49,8 +52,10 @@ class DistillationLoss(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature: must be positive, got {temperature}")
+        check_number("temperature", temperature)
+        check_number("alpha", alpha)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: must be positive and finite, got {temperature}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: must be in [0, 1], got {alpha}")
         self.temperature = temperature
@@ -62,17 +67,27 @@ class DistillationLoss(nn.Module):
         self, student: Any, teacher: Any, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """The loss; gradients reach the student only."""
-        student_logits, teacher_logits = _logits(student), _logits(teacher).detach()
+        student_logits = _logits("student", student)
+        teacher_logits = _logits("teacher", teacher).detach()
         if student_logits.shape != teacher_logits.shape:
             raise ValueError(
                 f"teacher: logits must be {list(student_logits.shape)} as the student's, got "
                 f"{list(teacher_logits.shape)}"
             )
+        if self.causal and student_logits.dim() < 2:
+            raise ValueError(
+                "student: causal wants logits [..., tokens, classes], got "
+                f"{list(student_logits.shape)}"
+            )
         for name, item in (("labels", labels), ("mask", mask)):
+            if item is not None and not isinstance(item, Tensor):
+                raise TypeError(f"{name}: must be a tensor, got {type(item).__name__}")
             if item is not None and item.shape != student_logits.shape[:-1]:
                 raise ValueError(
                     f"{name}: must be {list(student_logits.shape[:-1])}, got {list(item.shape)}"
                 )
+        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise TypeError(f"labels: must be integers, got {labels.dtype}")
         if self.causal:
             student_logits, teacher_logits = (
                 student_logits[..., :-1, :],
@@ -128,8 +143,14 @@ def _weighted(per_token: Tensor, weight: Tensor) -> Tensor:
     return (per_token.masked_fill(weight == 0, 0) * weight).sum()
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(name: str, output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: must be a tensor or have .logits, got {type(output).__name__}")
+        raise TypeError(
+            f"{name}: must be logits, a tensor, or have them as .logits, got "
+            f"{type(output).__name__}"
+            + (": pass its logits alone" if isinstance(output, (tuple, list, dict)) else "")
+        )
+    if logits.dim() == 0:
+        raise ValueError(f"{name}: logits must be [..., classes], got a single number")
     return logits

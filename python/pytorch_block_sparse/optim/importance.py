@@ -23,6 +23,7 @@ from .observe import (
     PooledGradients,
     watch_inputs,
 )
+from .schedule import check_number
 from .update import absent_ids
 
 _FROM_GRADIENTS = ("effect", "average", "fisher")
@@ -77,6 +78,9 @@ class BlockImportance:
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
+        check_number("decay", decay)
+        if only is not None and not callable(only):
+            raise TypeError(f"only: must take a layer's name, got {type(only).__name__}")
         if not 0 <= decay < 1:
             raise ValueError(f"decay: must be in [0, 1), got {decay}")
         self.decay = decay
@@ -138,6 +142,7 @@ class BlockImportance:
             A dict, filled on leaving: layer to (pairs (block row, block column) ``[n, 2]``, 2-norm
             of the gradient of each ``[n]``).
         """
+        check_number("share", share)
         if not 0 < share <= 1:
             raise ValueError(f"share: must be in (0, 1], got {share}")
         watchers = {}

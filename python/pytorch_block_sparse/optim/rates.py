@@ -6,11 +6,13 @@ sparsity (Dey et al., arXiv 2405.15743) divides the rate by the density. This fi
 parameters; it does not follow a density that changes.
 """
 
+import math
 from typing import Any
 
 from torch import nn
 
 from .layers import sparse_layers
+from .schedule import check_number
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -25,7 +27,7 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
         ``{"params": [...], "lr": ...}``. Every parameter of the model is in one of them.
 
     Raises:
-        ValueError: a rate that is not positive, or a model without a block-sparse layer.
+        ValueError: a rate that is not positive and finite, or a model without a block-sparse layer.
 
     Example:
         >>> import torch
@@ -36,8 +38,9 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
         >>> [group["lr"] for group in optimizer.param_groups]  # the bias, the values
         [0.001, 0.004]
     """
-    if not lr > 0:
-        raise ValueError(f"lr: must be positive, got {lr}")
+    check_number("lr", lr)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: must be positive and finite, got {lr}")
     density = {
         id(layer.values): layer.pattern.density
         for layer in sparse_layers(model).values()

@@ -7,13 +7,29 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 Schedule = Callable[[int], float]
 
 
 def _check_span(begin: int, end: int) -> None:
+    check_int("begin", begin)
+    check_int("end", end)
     if begin < 0 or end <= begin:
         raise ValueError(f"end: the schedule ends (step {end}) before it starts (step {begin})")
+
+
+def check_number(name: str, value: float) -> None:
+    """TypeError unless it is a number: a comparison with a string would not name the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: must be a number, got {value!r}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """TypeError unless it is a number, ValueError if that is NaN or infinite."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: must be finite, got {value!r}")
 
 
 def check_share(name: str, value: float) -> None:
@@ -87,6 +103,9 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        check_finite("value", self.value)
+
     def __call__(self, step: int) -> float:
         """The number."""
         return self.value
@@ -135,6 +154,8 @@ class Cubic:
     end: int
 
     def __post_init__(self) -> None:
+        check_finite("start", self.start)
+        check_finite("final", self.final)
         _check_span(self.begin, self.end)
 
     def __call__(self, step: int) -> float:
