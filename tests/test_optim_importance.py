@@ -174,6 +174,21 @@ def test_what_was_not_measured_is_an_error():
         pass
 
 
+@pytest.mark.parametrize("name", ["candidates", "pooled"])
+def test_absent_blocks_without_a_backward_are_an_error(name):
+    model = mlp()
+    context = getattr(BlockImportance(model), name)
+    message = rf"{name}: 0 has had no finite gradient inside {name}\(\)"
+    with pytest.raises(RuntimeError, match=message), context() as found:
+        model(torch.randn(4, 64))
+    assert not found
+    with pytest.raises(RuntimeError, match=message), context():
+        (model(torch.randn(4, 64)).sum() * torch.inf).backward()
+    with pytest.raises(RuntimeError, match=f"{name}: 2 has had no finite gradient"), context():
+        model[0](torch.randn(4, 64)).sum().backward()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_hooks_go_away_when_the_body_raises():
     model = mlp()
     importance = BlockImportance(model)

@@ -4,7 +4,7 @@ The methods beside this file decide by some of these scores; here they are for p
 as a table and as a picture.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .observe import (
     GradientWatcher,
     InputSquares,
     PooledGradients,
+    seen_by,
     watch_inputs,
 )
 from .schedule import check_number
@@ -141,6 +142,9 @@ class BlockImportance:
         Yields:
             A dict, filled on leaving: layer to (pairs (block row, block column) ``[n, 2]``, 2-norm
             of the gradient of each ``[n]``).
+
+        Raises:
+            RuntimeError: on leaving: a layer has had no finite gradient.
         """
         check_number("share", share)
         if not 0 < share <= 1:
@@ -154,6 +158,7 @@ class BlockImportance:
         result: dict[str, tuple[Tensor, Tensor]] = {}
         with _removed(watchers):
             yield result
+        self._refuse_the_unseen("candidates", watchers)
         for name, watcher in watchers.items():
             cols = max(1, self.layers[name].pattern.grid[1])
             pairs = torch.stack([watcher.ids // cols, watcher.ids % cols], dim=1)
@@ -166,13 +171,25 @@ class BlockImportance:
         Yields:
             A dict, filled on leaving: layer to ``[block_rows, block_cols]``, sum over the tokens of
             |dy_B| |x_B|, an upper bound of the 2-norm of the block's gradient.
+
+        Raises:
+            RuntimeError: on leaving: a layer has had no finite gradient.
         """
         watchers = {name: PooledGradients(layer) for name, layer in self.layers.items()}
         result: dict[str, Tensor] = {}
         with _removed(watchers):
             yield result
+        self._refuse_the_unseen("pooled", watchers)
         for name, watcher in watchers.items():
             result[name] = watcher.bounds(self.process_group)
+
+    def _refuse_the_unseen(self, what: str, watchers: Mapping[str, GradientWatcher]) -> None:
+        for name, seen in seen_by(watchers, self.process_group).items():
+            if not seen:
+                raise RuntimeError(
+                    f"{what}: {name} has had no finite gradient inside {what}(); run forward and "
+                    "backward there, or leave the layer out with `only`"
+                )
 
     # --- results ----------------------------------------------------------------------------------
 
