@@ -1,5 +1,7 @@
 """What the methods refuse when they are made, and what they warn of."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -230,9 +232,74 @@ def test_a_warning_if_wanda_removes_nothing():
 
 def test_a_warning_if_the_sparse_optimizer_replaces_nothing():
     model = nn.Sequential(BlockSparseLinear(32, 32, density=0.5, block_shape=(8, 8)))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse = SparseOptimizer([model[0]], lr=0.1)  # of 8 blocks
+    sparse.attach_optimizer(sgd)
     with pytest.warns(UserWarning, match="step 1 has replaced no block: in each layer lr is less"):
-        SparseOptimizer([model[0]], lr=0.1).step()  # of 8 blocks
-    SparseOptimizer([model[0]], lr=0.0).step()
+        train_step(model, sgd, sparse)
+    sparse.param_groups[0]["lr"] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(model, sgd, sparse)
+
+
+def test_a_warning_if_nothing_is_attached_to_the_sparse_optimizer():
+    model = mlp(0.5)
+    sparse = SparseOptimizer(SparseOptimizer.sparse_objects(model))
+    with pytest.warns(UserWarning, match=r"no optimizer is attached.* call attach_optimizer"):
+        assert sparse.step() is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        sparse.step()
+
+
+def test_frozen_layers_and_the_sparse_optimizer():
+    model = mlp(0.5)
+    adam = torch.optim.Adam(model.parameters())
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"sparse_objects\[0\]: is frozen, its pattern stays"):
+        sparse = SparseOptimizer(SparseOptimizer.sparse_objects(model))
+    sparse.attach_optimizer(adam)
+    before = [model[i].pattern.mask() for i in (0, 2)]
+    assert list(train_step(model, adam, sparse)["layers"]) == ["sparse_objects[1]"]
+    assert torch.equal(before[0], model[0].pattern.mask())
+    before[1] = model[2].pattern.mask()
+    model[2].values.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"sparse_objects\[1\]: has been frozen since"):
+        sparse.step()
+    assert torch.equal(before[1], model[2].pattern.mask())
+    with (
+        pytest.warns(UserWarning, match="is frozen"),
+        pytest.raises(ValueError, match="none of the layers is trained"),
+    ):
+        SparseOptimizer(SparseOptimizer.sparse_objects(model))
+
+
+def test_values_in_common_and_the_sparse_optimizer():
+    model, twin = mlp(), mlp()
+    twin[2].values = model[2].values
+    layers = SparseOptimizer.sparse_objects(nn.ModuleList([model, twin]))
+    message = r"sparse_objects\[3\]: has its values in common with sparse_objects\[1\]"
+    with pytest.raises(ValueError, match=message):
+        SparseOptimizer(layers)
+    sparse = SparseOptimizer(layers[:2])
+    with pytest.raises(ValueError, match=message):
+        sparse.add_param_group({"sparse_objects": layers[2:]})
+
+
+def test_state_that_cannot_follow_and_the_sparse_optimizer():
+    """Nothing is changed, not even the layers of another optimizer."""
+    model = mlp(0.5)
+    adafactor = torch.optim.Adafactor(model[2].parameters())
+    sgd = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    sparse = SparseOptimizer(SparseOptimizer.sparse_objects(model))
+    sparse.attach_optimizer(sgd)
+    sparse.attach_optimizer(adafactor)
+    before = model[0].pattern.mask()
+    train_step(model, sgd)
+    with pytest.raises(TypeError, match="Adafactor keeps"):
+        train_step(model, adafactor, sparse)
+    assert torch.equal(before, model[0].pattern.mask())
 
 
 def test_sparse_optimizer_without_layers():
