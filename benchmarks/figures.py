@@ -79,8 +79,9 @@ def gpu_section(about, results):
     """Speed-up over cuBLAS of each product, by block size and density."""
     densities = sorted({row["density"] for row in results}, reverse=True)
     shape = f"{results[0]['tokens']} tokens, out {results[0]['out']}, in {results[0]['in']}"
-    yield f"**{about['dtype']} on a GPU** against cuBLAS with a full weight, L2 emptied before each"
-    yield f"call, {shape} ({about['gpu']}, torch {about['torch']}, {about['date']};"
+    tf32 = ", TF32 allowed," if about.get("tf32") else ""
+    yield f"**{about['dtype']} on a GPU**{tf32} against cuBLAS with a full weight, L2 emptied"
+    yield f"before each call, {shape} ({about['gpu']}, torch {about['torch']}, {about['date']};"
     yield f"`{about['command']}`)."
     yield ""
     yield from speedups(results, "density", densities)

@@ -265,7 +265,7 @@ def main(argv=None):
             flush=True,
         )
     if args.json:
-        write(args.json, results, dtype=args.dtype)
+        write(args.json, results, dtype=args.dtype, tf32=args.tf32)
     if args.plot:
         import gpu_plots  # wants matplotlib, which the measurements do not
 

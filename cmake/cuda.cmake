@@ -52,6 +52,7 @@ add_library(block_sparse_sm90 OBJECT
   src/cuda/sm90/sampled.cu
   src/cuda/sm90/strip_forward.cu
   src/cuda/sm90/strip_grad_input.cu
+  src/cuda/sm90/tf32.cu
 )
 set_target_properties(block_sparse_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
 target_link_libraries(block_sparse_sm90 PRIVATE block_sparse_cutlass)

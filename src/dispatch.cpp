@@ -19,6 +19,7 @@ std::span<const Kernel> kernels(Backend backend) {
       cuda::sm90::panel(),
       cuda::sm90::strip(),
       cuda::sm90::sampled(),
+      cuda::sm90::tf32(),
       // From Ampere on
       cuda::sm80::strip(),
       cuda::sm80::sampled(),

@@ -228,7 +228,7 @@ def test_a_corrupt_index_gives_numbers_and_no_invalid_access(block_shape, produc
         (torch.bfloat16, (8, 8), 0.25, 256, "highest", "cuda_dense"),
         (torch.bfloat16, (8, 8), 0.01, 8, "highest", "cuda_tiled"),
         (torch.float32, (32, 32), 0.25, 8192, "highest", "cuda_tiled"),
-        (torch.float32, (32, 32), 0.25, 8192, "high", "cuda_dense"),
+        (torch.float32, (8, 8), 0.25, 8192, "high", "cuda_dense"),
         (torch.float32, (32, 32), 0.9, 8192, "highest", "cuda_dense"),
         (torch.float64, (32, 32), 0.9, 8192, "highest", "cuda_dense"),
         (torch.bfloat16, (64, 64), 0.25, 8192, "highest", "cuda_sm90_panel"),

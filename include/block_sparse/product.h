@@ -43,6 +43,9 @@ struct ProductDesc {
   // The caller lends a dense product (Execution::dense_product), and it may round float32 to TF32.
   bool dense_product = false;
   bool tf32 = false;
+  // Operands were rounded from float32 to `dtype`, f16, each times a power of two; output and bias
+  // are float32. No caller asks for it: a kernel for float32 does, of one for f16.
+  bool rounded = false;
   // BLOCK_SPARSE_KERNEL names the kernels to try: none has to be the fastest. Set by dispatch.
   bool forced = false;
 
@@ -62,9 +65,10 @@ struct ProductArgs {
   ConstDenseView x;
   ConstDenseView dy;
   MatrixView weight;
-  const void* bias = nullptr;  // [out], or null
-  MutableDenseView output;     // dW is contiguous: its row_stride is not read
-  void* workspace = nullptr;   // as many bytes as the kernel asked for, 64-byte aligned
+  const void* bias = nullptr;      // [out], or null
+  MutableDenseView output;         // dW is contiguous: its row_stride is not read
+  const float* factors = nullptr;  // [2], where `rounded`: what the sums are multiplied with
+  void* workspace = nullptr;       // as many bytes as the kernel asked for, 64-byte aligned
 };
 
 // out[rows, cols] = a[rows, depth] times the transpose of b[cols, depth], plus bias[cols] where

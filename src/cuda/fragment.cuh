@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "block_sparse/dtype.h"
 
@@ -24,6 +25,16 @@ template <>
 __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   const __half2 both = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(both);
+}
+
+// A sum as it is stored.
+template <class T>
+__device__ __forceinline__ T round_to(float sum) {
+  if constexpr (std::is_same_v<T, float>) {
+    return sum;
+  } else {
+    return {static_cast<uint16_t>(pack<T>(sum, 0))};
+  }
 }
 
 // Among the four lanes of a quad: lane q gets everybody's v[q].

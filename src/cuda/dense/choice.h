@@ -36,14 +36,17 @@ inline double cost(const ProductDesc& desc) {
 // present, what it spends on tokens and outputs as such.
 struct Rates {
   double present, all;
+
+  double microseconds(const ProductDesc& desc) const {
+    return mflop(desc.tokens, desc.nnz * desc.block.out * desc.block.in) / present +
+           mflop(desc.tokens, desc.out_features * desc.in_features) / all;
+  }
 };
 
 // Why a kernel that could compute the product leaves it to cuda_dense, if it does.
 inline Refusal why_dense(const ProductDesc& desc, Rates rates) {
-  const int64_t present = desc.nnz * desc.block.out * desc.block.in;
-  const double mine = mflop(desc.tokens, present) / rates.present +
-                      mflop(desc.tokens, desc.out_features * desc.in_features) / rates.all;
-  if (!desc.dense_product || desc.forced || mine <= cost(desc)) return std::nullopt;
+  const bool faster = rates.microseconds(desc) <= cost(desc);
+  if (!desc.dense_product || desc.forced || faster) return std::nullopt;
   return concat("at density ", density_of(desc), " cuda_dense is faster");
 }
 

@@ -34,6 +34,9 @@ Refusal why_not(const ProductDesc& desc) {
     return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
                   " tokens; other kernels are faster");
   }
+  if (desc.tokens > skinny::kMaxTokens && !desc.forced && !sm90::tf32().why_not(desc)) {
+    return "cuda_sm90_tf32 is faster";
+  }
   if (plan.warps_per_strip == 0) {
     return concat("blocks are ", desc.block.out, "x", desc.block.in, ", ", plan.strips,
                   " strips of ", plan.unit_outputs,

@@ -20,7 +20,7 @@ Sides sides(const ProductDesc& desc) {
   return desc.product == Product::forward ? s : Sides{s.k, s.m, s.block_k, s.block_m};
 }
 
-template <class T, class Config, bool kTransposed>
+template <class T, class Out, class Config, bool kTransposed>
 void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   const Sides s = sides(desc);
   const PatternView& pattern = args.weight.pattern;
@@ -47,8 +47,10 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
                                    s.block_m, {kSlab, Config::kLineRows}, Config::kLineRows * 2)
                       : tensor_map(args.weight.values, desc.dtype, desc.nnz * s.block_m, s.block_k,
                                    s.block_k, {Config::kLineRows, kSlab}, kSlab * 2);
-  params.output = tensor_map(args.output.data, desc.dtype, desc.tokens, s.m, args.output.row_stride,
-                             {Config::kStoreTokens, Config::kLineRows}, Config::kLineRows * 2);
+  using Stored = Store<Out, Config::kLineRows, Config::kStoreTokens>;
+  params.output =
+      tensor_map(args.output.data, Traits<Out>::dtype, desc.tokens, s.m, args.output.row_stride,
+                 {Stored::kTokens, Stored::kBoxRows}, Stored::kPitch);
   const GridShape grid = pattern.grid;
   params.walk = {kTransposed ? pattern.ccol : pattern.crow,
                  kTransposed ? pattern.trow : pattern.col,
@@ -63,10 +65,11 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   params.raster = {ceil(order_size(params.walk.lines) * s.block_m, kConsumers * kGroupRows),
                    token_tiles, static_cast<int>(std::max<int64_t>(bunch, 1))};
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
+  params.factors = args.factors;
   params.features_m = static_cast<int>(s.m);
   params.next_tile = static_cast<int*>(args.workspace);
 
-  const auto kernel = panel_kernel<T, Config, kTransposed>;
+  const auto kernel = panel_kernel<T, Out, Config, kTransposed>;
   constexpr int kShared = sizeof(PanelShared<Config>);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
              "cuda_sm90_panel");
@@ -135,13 +138,16 @@ int64_t workspace(const ProductDesc&, const Execution&) { return sizeof(int); }
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   with_config(desc, [&](auto type) {
     using Config = typename decltype(type)::type;
-    const bool transposed = desc.product == Product::grad_input;
+    const auto with_types = [&]<class T, class Out>() {
+      desc.product == Product::grad_input ? launch<T, Out, Config, true>(desc, args, execution)
+                                          : launch<T, Out, Config, false>(desc, args, execution);
+    };
     if (desc.dtype == Dtype::bf16) {
-      transposed ? launch<BFloat16, Config, true>(desc, args, execution)
-                 : launch<BFloat16, Config, false>(desc, args, execution);
+      with_types.template operator()<BFloat16, BFloat16>();
+    } else if (desc.rounded) {
+      with_types.template operator()<Float16, float>();
     } else {
-      transposed ? launch<Float16, Config, true>(desc, args, execution)
-                 : launch<Float16, Config, false>(desc, args, execution);
+      with_types.template operator()<Float16, Float16>();
     }
   });
 }

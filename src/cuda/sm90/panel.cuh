@@ -31,7 +31,7 @@
 
 namespace block_sparse::cuda::sm90 {
 
-template <class T, class Config, bool kTransposed>
+template <class T, class Out, class Config, bool kTransposed>
 __global__ void __launch_bounds__(kPanelThreads, 1)
     panel_kernel(const __grid_constant__ PanelParams params) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
     if (warp == 1 && rank == 0) walk_panels<Config, kTransposed>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    multiply_panels<T, Config, kTransposed>(params, shared, warpgroup);
+    multiply_panels<T, Out, Config, kTransposed>(params, shared, warpgroup);
   }
   cute::cluster_arrive();  // nobody leaves while others may still write into it
   cute::cluster_wait();

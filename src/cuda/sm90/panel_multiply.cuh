@@ -8,7 +8,7 @@
 
 namespace block_sparse::cuda::sm90 {
 
-template <class T, class Config, bool kTransposed>
+template <class T, class Out, class Config, bool kTransposed>
 __device__ void multiply_panels(const PanelParams& params, PanelShared<Config>& shared,
                                 int warpgroup) {
   constexpr int kCluster = Config::kCluster;
@@ -27,8 +27,8 @@ __device__ void multiply_panels(const PanelParams& params, PanelShared<Config>& 
   auto release = [&](int stage) {
     if (lane < kCluster) ptx::arrive_remote(release_at + stage * sizeof(uint64_t));
   };
-  Store<T, Config::kLineRows, Config::kStoreTokens> store(&params.output, shared.output[warpgroup],
-                                                          warpgroup + 1);
+  Store<Out, Config::kLineRows, Config::kStoreTokens> store(
+      &params.output, shared.output[warpgroup], warpgroup + 1);
 
   float sums[Config::kSums];
   int stage = 0;
@@ -76,8 +76,8 @@ __device__ void multiply_panels(const PanelParams& params, PanelShared<Config>& 
           params.walk.at(what.panel * kLines + warpgroup * kGroupLines + i, Config::kLineRows);
       first[i] = rows.line < 0 ? -1 : rows.line * params.walk.block_m + rows.part;
     }
-    store.rows(sums, first, what.token, params.tile_tokens, static_cast<const T*>(params.bias),
-               params.features_m);
+    store.rows(sums, first, what.token, params.tile_tokens, static_cast<const Out*>(params.bias),
+               params.features_m, Factors<Out>(params.factors));
   }
   store.finish();
 }

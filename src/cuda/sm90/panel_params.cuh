@@ -140,7 +140,8 @@ struct PanelParams {
   CUtensorMap output;  // y  [tokens, M]
   PanelWalk walk;
   PanelRaster raster;
-  const void* bias;  // [M] or null
+  const void* bias;      // [M] or null
+  const float* factors;  // factors.cuh; null: none
   int features_m;
   int tokens;
   int tile_tokens;  // of one CTA: at most kTokens

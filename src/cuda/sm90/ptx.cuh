@@ -121,6 +121,10 @@ __device__ inline void store_matrices_transposed(uint32_t row, uint32_t a, uint3
                : "memory");
 }
 
+__device__ inline void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 words;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -55,7 +55,7 @@ int64_t workspace(const ProductDesc& desc, const Execution&) {
   return layout_of(desc, multiprocessors()).size;
 }
 
-template <class T, int kUnit>
+template <class T, class Out, int kUnit>
 void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   const cudaStream_t stream = stream_of(execution.stream);
   const int ctas = multiprocessors();
@@ -65,6 +65,7 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   sampled.tiling = tiling_of(desc.grid(), desc.block);
   sampled.tiles = args.weight.pattern.tiles;
   sampled.values = args.output.data;
+  sampled.factors = args.factors;
   sampled.nnz = desc.nnz;
   sampled.block_out = desc.block.out;
   sampled.block_in = desc.block.in;
@@ -97,28 +98,31 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
                         static_cast<size_t>(layout.partials_at - layout.counters_at), stream),
         "cuda_sm90_sampled");
   }
-  check_cuda(cudaFuncSetAttribute(sampled_kernel<T, kUnit>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-             "cudaFuncSetAttribute");
-  sampled_kernel<T, kUnit><<<ctas, kThreads, kSharedBytes, stream>>>(dy, x, sampled);
+  const auto kernel = sampled_kernel<T, Out, kUnit>;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+      "cudaFuncSetAttribute");
+  kernel<<<ctas, kThreads, kSharedBytes, stream>>>(dy, x, sampled);
   check_cuda(cudaGetLastError(), "cuda_sm90_sampled");
 }
 
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-  const auto with_dtype = [&]<class T>(std::type_identity<T>) {
+  const auto with_types = [&]<class T, class Out>() {
     switch (unit_of(desc.block.in)) {
       case 16:
-        return launch<T, 16>(desc, args, execution);
+        return launch<T, Out, 16>(desc, args, execution);
       case 32:
-        return launch<T, 32>(desc, args, execution);
+        return launch<T, Out, 32>(desc, args, execution);
       default:
-        return launch<T, 64>(desc, args, execution);
+        return launch<T, Out, 64>(desc, args, execution);
     }
   };
   if (desc.dtype == Dtype::bf16) {
-    with_dtype(std::type_identity<BFloat16>{});
+    with_types.template operator()<BFloat16, BFloat16>();
+  } else if (desc.rounded) {
+    with_types.template operator()<Float16, float>();
   } else {
-    with_dtype(std::type_identity<Float16>{});
+    with_types.template operator()<Float16, Float16>();
   }
 }
 

@@ -93,7 +93,7 @@ __device__ void produce(const CUtensorMap& dy, const CUtensorMap& x, const Sampl
   }
 }
 
-template <class T, int kUnit>
+template <class T, class Out, int kUnit>
 __device__ void consume(const SampledArgs& args, SampledShared& shared, const Schedule& schedule) {
   constexpr Major kMajorIn = kUnit <= kMaxRetiledUnit ? Major::K : Major::MN;
   const Tiling& t = args.tiling;
@@ -136,11 +136,12 @@ __device__ void consume(const SampledArgs& args, SampledShared& shared, const Sc
 #pragma unroll
     for (int j = 0; j < kSums; ++j) cute::warpgroup_fence_operand(sums[j]);
     if (work.parts > 1 && !join_parts(sums, args, work, shared)) continue;
-    store_tile<T, kUnit>(sums, args, record);
+    store_tile<Out, kUnit>(sums, args, record);
   }
 }
 
-template <class T, int kUnit>
+// Out: of dW.
+template <class T, class Out, int kUnit>
 __global__ void __launch_bounds__(kThreads, 1)
     sampled_kernel(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap x,
                    const __grid_constant__ SampledArgs args) {
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     produce<kUnit>(dy, x, args, shared, schedule);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    consume<T, kUnit>(args, shared, schedule);
+    consume<T, Out, kUnit>(args, shared, schedule);
   }
 #endif
 }

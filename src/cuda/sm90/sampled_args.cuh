@@ -32,6 +32,7 @@ struct SampledArgs {
   const uint16_t* retiled;  // x as retile.cuh orders it, for narrow units
   int64_t retiled_cols;
   void* values;
+  const float* factors;  // factors.cuh; null: none
   int64_t nnz, block_out, block_in;
   int steps;
   float4* partials;    // of the parts of split tiles

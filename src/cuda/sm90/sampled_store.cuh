@@ -5,6 +5,7 @@
 #include <cutlass/arch/barrier.h>
 
 #include "cuda/fragment.cuh"
+#include "cuda/sm90/factors.cuh"
 #include "cuda/sm90/sampled_args.cuh"
 
 namespace block_sparse::cuda::sm90::sampled_product {
@@ -53,15 +54,29 @@ __device__ inline bool join_parts(float (&sums)[kSums], const SampledArgs& args,
 // Stores 16 rows of a unit, of which a warp has the sums: accumulator j of eight columns, as wgmma
 // lays them out.
 template <class T, int kUnit>
-__device__ inline void store_unit(const float* sums, T* to, int64_t row_stride) {
+__device__ inline void store_unit(const float* sums, T* to, int64_t row_stride,
+                                  const Factors<T>& factors) {
   const int lane = threadIdx.x % 32, q = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     T* row = to + (lane / 4 + 8 * half) * row_stride;
+    const auto result = [&](int j, int i) { return factors.times(sums[4 * j + 2 * half + i]); };
     const auto pair = [&](int j) {
-      return pack<T>(sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]);
+      if constexpr (std::is_same_v<T, float>) {
+        return make_float2(result(j, 0), result(j, 1));
+      } else {
+        return pack<T>(result(j, 0), result(j, 1));
+      }
     };
-    if constexpr (kUnit <= kMaxRetiledUnit) {  // retile.cuh makes a lane's columns neighbours
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int j = 0; j < kUnit / 8; ++j) {
+        // retile.cuh makes a lane's columns neighbours
+        const int col = kUnit <= kMaxRetiledUnit ? j / 2 * 16 + q * 4 + j % 2 * 2 : j * 8 + q * 2;
+        *reinterpret_cast<float2*>(row + col) = pair(j);
+      }
+    } else if constexpr (kUnit <=
+                         kMaxRetiledUnit) {  // retile.cuh makes a lane's columns neighbours
 #pragma unroll
       for (int j = 0; j < kUnit / 8; j += 2) {
         *reinterpret_cast<uint2*>(row + j * 8 + q * 4) = make_uint2(pair(j), pair(j + 1));
@@ -103,11 +118,13 @@ __device__ inline void store_tile(const float (&sums)[kSums], const SampledArgs&
     const int64_t col = reader.unit(record, t.rows + lane % kCols) % t.parts_in * kUnit;
     offset = (block * args.block_out + row) * args.block_in + col;
   }
+  const Factors<T> factors(args.factors);
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
     const int64_t to = __shfl_sync(~0u, offset, c);
     if (to < 0) continue;
-    store_unit<T, kUnit>(sums + c * (kUnit / 2), static_cast<T*>(args.values) + to, args.block_in);
+    store_unit<T, kUnit>(sums + c * (kUnit / 2), static_cast<T*>(args.values) + to, args.block_in,
+                         factors);
   }
 }
 

@@ -108,13 +108,17 @@ BLOCK_SPARSE_HOST_DEVICE constexpr int early_pieces(int first, int end, int held
 
 struct Config {
   Dtype dtype;
+  Dtype output_dtype;
   Piece piece;
   Tile tile;
   bool flexible;  // tiles may be split, and have fewer tokens than there is room for
 };
 
+// What is stored.
 template <Config kConfig>
-using Element = std::conditional_t<kConfig.dtype == Dtype::bf16, BFloat16, Float16>;
+using Output =
+    std::conditional_t<kConfig.output_dtype == Dtype::bf16, BFloat16,
+                       std::conditional_t<kConfig.output_dtype == Dtype::f16, Float16, float>>;
 
 template <Config kConfig>
 struct Sizes {

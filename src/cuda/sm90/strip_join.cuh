@@ -15,10 +15,9 @@ template <class T>
 __device__ __forceinline__ void store_pair(const Params& params, int token, int output, float first,
                                            float second) {
   if (output >= params.outputs) return;
-  const uint32_t both = pack<T>(first, second);
-  auto* to = static_cast<uint16_t*>(params.output) + token * params.output_stride + output;
-  if (token < params.tokens) *to = static_cast<uint16_t>(both);
-  if (token + 1 < params.tokens) to[params.output_stride] = static_cast<uint16_t>(both >> 16);
+  T* to = static_cast<T*>(params.output) + token * params.output_stride + output;
+  if (token < params.tokens) *to = round_to<T>(first);
+  if (token + 1 < params.tokens) to[params.output_stride] = round_to<T>(second);
 }
 
 // A warp for each strip and eight tokens of a tile that is split. `strips`: of a CTA of the other.
@@ -51,8 +50,11 @@ __global__ void __launch_bounds__(kJoinThreads)
   }
   const int from = first + output % params.piece_outputs;
   const float low = bias_of<T>(params, from, 0, lane), high = bias_of<T>(params, from, 1, lane);
-  store_pair<T>(params, token + lane % 4 * 2, from + lane / 4, sums.x + low, sums.y + low);
-  store_pair<T>(params, token + lane % 4 * 2, from + 8 + lane / 4, sums.z + high, sums.w + high);
+  const Factors<T> factors(params.factors);
+  store_pair<T>(params, token + lane % 4 * 2, from + lane / 4, factors.times(sums.x) + low,
+                factors.times(sums.y) + low);
+  store_pair<T>(params, token + lane % 4 * 2, from + 8 + lane / 4, factors.times(sums.z) + high,
+                factors.times(sums.w) + high);
 }
 
 }  // namespace block_sparse::cuda::sm90::strips

@@ -55,6 +55,7 @@ Params params_of(const ProductDesc& desc, const ProductArgs& args, const Plan& p
   params.log_line_parts = std::countr_zero(static_cast<uint64_t>(lines.line_parts()));
   params.piece_outputs = lines.outputs();
   params.bias = desc.epilogue == Epilogue::bias ? args.bias : nullptr;
+  params.factors = args.factors;
   params.output = args.output.data;
   params.output_stride = args.output.row_stride;
   params.tokens = static_cast<int>(desc.tokens);
@@ -110,7 +111,7 @@ void launch_join(const Params& params, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, join_kernel<Element<kConfig>>, params, kStrips),
+  check_cuda(cudaLaunchKernelEx(&config, join_kernel<Output<kConfig>>, params, kStrips),
              "cuda_sm90_strip");
 }
 
@@ -136,9 +137,9 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Plan& plan,
   launch_join<Choice::kConfig>(params, stream);
 }
 
-template <Dtype kDtype, Piece kPiece, Tile kTile, bool kFlexible>
+template <Dtype kDtype, Dtype kOutput, Piece kPiece, Tile kTile, bool kFlexible>
 struct Chosen {
-  static constexpr Config kConfig{kDtype, kPiece, kTile, kFlexible};
+  static constexpr Config kConfig{kDtype, kOutput, kPiece, kTile, kFlexible};
 };
 
 template <bool kTransposed>
@@ -146,10 +147,15 @@ void launch_for_block(const ProductDesc& desc, const ProductArgs& args, const Pl
                       cudaStream_t stream) {
   const Lines lines = lines_of(desc.grid(), desc.block, kTransposed);
   const auto with_tile = [&]<Piece kPiece, Tile kTile, bool kFlexible>() {
+    const auto with_dtypes = [&]<Dtype kDtype, Dtype kOutput>() {
+      launch<Chosen<kDtype, kOutput, kPiece, kTile, kFlexible>>(desc, args, plan, stream);
+    };
     if (desc.dtype == Dtype::bf16) {
-      launch<Chosen<Dtype::bf16, kPiece, kTile, kFlexible>>(desc, args, plan, stream);
+      with_dtypes.template operator()<Dtype::bf16, Dtype::bf16>();
+    } else if (desc.rounded) {
+      with_dtypes.template operator()<Dtype::f16, Dtype::f32>();
     } else {
-      launch<Chosen<Dtype::f16, kPiece, kTile, kFlexible>>(desc, args, plan, stream);
+      with_dtypes.template operator()<Dtype::f16, Dtype::f16>();
     }
   };
   const auto with_piece = [&]<int kOutputs, int kDepth, bool kStrided>() {

@@ -330,7 +330,7 @@ class Multiply {
     } else {
       StripStore<kConfig> to(params_, shared_, outputs.first[kGroup], within_piece_ / kWarpOutputs,
                              token, end, lane_);
-      to.template add_bias<kEights>(of);
+      to.template finish<kEights>(of);
 #pragma unroll
       for (int j = 0; j < kEights / 2; ++j) {
         if (kConfig.flexible && token + j * kStoreTokens >= end) break;

@@ -57,6 +57,7 @@ struct Params {
   int piece_outputs;
 
   const void* bias;
+  const float* factors;  // factors.cuh; null: none
   void* output;
   int64_t output_stride;
   int tokens;

@@ -18,7 +18,7 @@ struct Box {
   uint32_t cols;  // elements; cols * element size is at most the swizzle's width
 };
 
-// A row-major matrix [rows, cols] of 16-bit elements, read or written in boxes. What a box reads
+// A row-major matrix [rows, cols] of bf16, f16 or f32, read or written in boxes. What a box reads
 // outside is zero, what it writes there is dropped. `swizzle_bytes`: 32, 64 or 128, or 0 for none.
 // `promotion`: how much the L2 cache fetches at once.
 inline CUtensorMap tensor_map(
@@ -43,11 +43,12 @@ inline CUtensorMap tensor_map(
                                      : swizzle_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                            : CU_TENSOR_MAP_SWIZZLE_NONE;
   CUtensorMap map;
-  const CUresult error = encode(
-      &map,
-      dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUtensorMapDataType type = dtype == Dtype::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const CUresult error =
+      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, boxes, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     throw std::runtime_error(concat("block_sparse: cuTensorMapEncodeTiled: error ",
                                     static_cast<int>(error), " for a matrix of ", rows, " x ", cols,
