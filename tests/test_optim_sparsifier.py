@@ -252,6 +252,48 @@ def test_resuming_is_bit_exact(name, at, tmp_path):
         assert torch.equal(a.born, b.born) and torch.equal(a.alive, b.alive)
 
 
+@pytest.mark.parametrize("at", [13, 30])
+@pytest.mark.parametrize("build_first", [False, True])
+def test_resuming_global_after_a_compaction(build_first, at):
+    """A layer may be left with fewer blocks than its share of the density: only the sum counts."""
+
+    def build(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        options = {"density": 0.2, "updates": 6, "compactions": 2, "distribution": "global"}
+        return optimizer, GradualMagnitude(model, optimizer, 40, score="l1", **options)
+
+    model = mlp(1.0)
+    with torch.no_grad():
+        model[0].values.mul_(5)
+    optimizer, sparsifier = build(model)
+    for step in range(at):
+        train_step(model, optimizer, sparsifier, seed=step)
+    saved = copy.deepcopy([item.state_dict() for item in (model, optimizer, sparsifier)])
+    assert model[2].block_count < 26  # 0.2 of 128
+
+    again = mlp(1.0, seed=3)
+    if build_first:
+        built = build(again)
+        again.load_state_dict(saved[0])
+    else:
+        again.load_state_dict(saved[0])
+        built = build(again)
+    for item, state in zip(built, saved[1:], strict=True):
+        item.load_state_dict(state)
+    for step in range(at, 40):
+        train_step(model, optimizer, sparsifier, seed=step)
+        train_step(again, *built, seed=step)
+    assert_equal(snapshot(model), snapshot(again))
+    assert sparsifier.log == built[1].log and sparsifier.density() == pytest.approx(0.2, abs=0.01)
+
+
+def test_global_wants_as_many_blocks_in_all_layers_together():
+    model = mlp(0.25)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="density: the layers together would need 78 blocks, but"):
+        GradualMagnitude(model, optimizer, 40, density=0.305, distribution="global")
+
+
 def test_a_state_that_does_not_fit_is_an_error():
     model, optimizer, sparsifier = make("SET")
     state = sparsifier.state_dict()

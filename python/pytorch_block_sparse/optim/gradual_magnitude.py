@@ -106,6 +106,17 @@ class GradualMagnitude(Sparsifier):
         self.compactions = compactions
         grids = {layer.name: layer.module.pattern.grid for layer in self.layers}
         self._final = layer_counts(grids, density, distribution)
+        self._refuse_a_sparser_model()
+
+    def _refuse_a_sparser_model(self) -> None:
+        if self.distribution == "global":  # only the sum counts: a layer may be left with one block
+            wanted, there = sum(self._final.values()), sum(layer.start for layer in self.layers)
+            if wanted > there:
+                raise ValueError(
+                    f"density: the layers together would need {wanted} blocks, but have {there}; "
+                    "patch the model at a higher density"
+                )
+            return
         for layer in self.layers:
             if self._final[layer.name] > layer.start:
                 raise ValueError(
