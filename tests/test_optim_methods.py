@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from optim_helpers import mlp, train_step
 from pytorch_block_sparse import BlockSparseLinear, BlockSparseMatrix, Pattern
@@ -172,6 +173,80 @@ def test_a_pass_that_is_not_finite_leaves_no_trace(where):
         norms.append(watched.norms(per_input_rms=True))
         watched.remove()
     assert torch.equal(*norms) and norms[0].isfinite().all() and (norms[0] > 0).all()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("inf_at", [0, 1])
+def test_rigl_forgets_the_micro_batches_of_a_skipped_step(to_none, fused, inf_at):
+    """Those that were finite too: after a skipped step nothing has happened."""
+    masks = []
+    for skip in (False, True):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, fused=fused)
+        sparsifier = BlockRigL(model, optimizer, 40, every=2, random_share=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+        def step(losses, model=model, optimizer=optimizer, sparsifier=sparsifier, scaler=scaler):
+            for seed, factor in losses:
+                x = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+                scaler.scale(factor * (model(x) - x.roll(1, 1)).square().mean()).backward()
+            scaler.step(optimizer)
+            entry = sparsifier.step()
+            scaler.update()
+            optimizer.zero_grad(set_to_none=to_none)
+            return entry
+
+        step([(0, 1.0), (1, 1.0)])
+        if skip:
+            bad = [(50, 100.0), (51, 100.0)]
+            bad[inf_at] = (52, torch.inf)
+            assert step(bad) is None
+        assert step([(2, 1.0), (3, 1.0)]) is not None
+        masks.append(model[0].pattern.mask())
+    assert torch.equal(*masks)
+
+
+def test_rigl_forgets_a_skipped_step_of_a_layer_that_takes_no_part_later():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    sparsifier = BlockRigL(model, optimizer, 40, every=1)
+    model(torch.randn(4, 64)).square().mean().backward()
+    optimizer.zero_grad()  # skipped by hand
+    model[0](torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="2: no finite gradient was seen"):
+        sparsifier.step()
+
+
+def test_what_overflowed_in_a_skipped_step_is_forgotten_too():
+    """Inputs and gradients can be finite where their product is not."""
+    layer = BlockSparseLinear(32, 32, density=0.25, block_shape=(8, 8))
+    absent = (~layer.pattern.mask()).flatten().nonzero().squeeze(1)
+    watched = CandidateGradients(layer, absent, of_step=True)
+    layer(torch.ones(4, 32)).sum().backward()
+    watched.sum[0] = torch.inf
+    layer.values.grad = None
+    layer(torch.ones(4, 32)).sum().backward()
+    assert torch.equal(watched.sum, torch.full_like(watched.sum, 4.0)) and watched.passes == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_used_twice_under_checkpointing_is_one_pass(reentrant):
+    """Each part of the model is run anew in the backward, before the gradient has come."""
+    layer = BlockSparseLinear(32, 32, density=0.25, block_shape=(8, 8))
+    absent = (~layer.pattern.mask()).flatten().nonzero().squeeze(1)
+    x, sums = torch.randn(4, 32, requires_grad=True), []
+    for again in (False, True):
+        watched = CandidateGradients(layer, absent, of_step=True)
+        y = x
+        for _ in range(2):
+            y = checkpoint(layer, y, use_reentrant=reentrant) if again else layer(y)
+        y.square().sum().backward()
+        layer.values.grad = None
+        sums.append(watched.sum)
+        watched.remove()
+    torch.testing.assert_close(*sums)
 
 
 def test_rigl_grows_the_largest_gradients():

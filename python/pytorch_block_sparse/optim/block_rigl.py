@@ -16,7 +16,6 @@ from .choose import highest, random_sample
 from .layers import SparseLayer
 from .observe import CandidateGradients, seen_by
 from .schedule import Schedule
-from .update import block_ids, others
 
 
 class BlockRigL(BlockSET):
@@ -28,7 +27,8 @@ class BlockRigL(BlockSET):
     a few outlier features draw every block to their columns. A share is grown at random.
 
     Code under torch.compile runs eagerly in that one step, so that gradients can be watched;
-    nothing is compiled again.
+    nothing is compiled again. That holds for all compiled code of the process, other models too:
+    where a training stops in such a step, drop the sparsifier (``del sparsifier``).
 
     Args:
         model, optimizer, total_steps, every, end, score, new_values, second_moment, seed, only,
@@ -109,15 +109,23 @@ class BlockRigL(BlockSET):
             if count:
                 source = self._random(layer, "candidates", step)
                 ids = random_sample(self._absent(layer), int(self.candidates * count), source)
-                self._watched[layer.name] = CandidateGradients(layer.module, ids.sort().values)
+                self._watched[layer.name] = CandidateGradients(
+                    layer.module, ids.sort().values, of_step=True
+                )
+
+    def _collect(self) -> None:
+        for watched in self._watched.values():
+            watched.forget_if_cleared()  # left by a skipped step, and no forward since
 
     def _release(self) -> None:
         for watched in self._watched.values():
             watched.remove()
         self._watched = {}
 
-    def __del__(self) -> None:
-        if hasattr(self, "_watched"):  # the constructor may have raised
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken: see :class:`Sparsifier`."""
+        super().load_state_dict(state)
+        if not self.schedule.due(self.steps + 1):
             self._release()
 
     def _update(self) -> dict[str, int]:
@@ -128,16 +136,21 @@ class BlockRigL(BlockSET):
             self._release()
 
     def _grow(self, layer: SparseLayer, count: int) -> Tensor:
+        absent = self._absent(layer)
+        random = random_sample(absent, len(absent), self._random(layer, "grow"))
         watched = self._watched.get(layer.name)
-        best = torch.zeros(0, dtype=torch.int64, device=layer.born.device)
-        if watched is not None:
-            norms = watched.norms(per_input_rms=self.normalise, group=self.process_group)
-            norms = self._without_nan(layer, norms, ", candidates")
-            by_gradient = count - round(self.random_share * count)
-            best = watched.ids[highest(norms, by_gradient)]
-        rest = others(torch.cat([block_ids(layer.module.pattern), best]), layer.cells)
-        random = random_sample(rest, count - len(best), self._random(layer, "grow"))
-        return torch.cat([best, random])
+        if watched is None:
+            return random[:count]
+        # Something else may have grown candidates since they were drawn: these are passed over.
+        # How many they are only the device knows, so all are ordered and the first that fit taken.
+        free = torch.zeros(layer.cells, dtype=torch.uint8, device=absent.device)
+        free.index_fill_(0, absent, 1)
+        norms = watched.norms(per_input_rms=self.normalise, group=self.process_group)
+        norms = self._without_nan(layer, norms, ", candidates")
+        norms = norms.masked_fill(free[watched.ids] == 0, -torch.inf)
+        best = watched.ids[highest(norms, count - round(self.random_share * count))]
+        fit = [free[best], free.index_fill(0, best, 0)[random]]
+        return torch.cat([best, random])[highest(torch.cat(fit), count)]
 
     def _forget_the_unseen(self) -> None:
         """Layers without a finite gradient, on any rank, get random blocks, with a warning."""

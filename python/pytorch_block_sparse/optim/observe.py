@@ -1,12 +1,13 @@
 """What passes through a layer: its inputs, and the gradient of blocks that it does not have.
 
 Hooks that live for a batch or a few; they change nothing that the layer computes. Compiled code
-does not call hooks that came after it: while one is there it runs eagerly, and is not compiled
-again.
+does not call hooks that came after it: while one is there all compiled code of the process runs
+eagerly, also that of other models (torch has no switch for one), and is not compiled again.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +47,21 @@ class _Eager:
             cls.stance = None
 
 
+class _WeakHook:
+    """Calls a method as long as its object lives. A copy, in a copied layer, calls nothing."""
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _WeakHook, ()
+
+
 class InputSquares:
     """Sum of squares of each input feature of a layer, over the tokens that pass.
 
@@ -67,6 +83,10 @@ class InputSquares:
         squares, tokens = self.of(input)
         self.sum += squares
         self.tokens += tokens
+
+    def before_forward(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        """The hook of the layer."""
+        self.add(args[0])
 
     def of(self, input: Tensor) -> tuple[Tensor, int]:
         """What :meth:`add` adds to the sum, and the number of tokens."""
@@ -98,11 +118,7 @@ def _squares(x: Tensor) -> Tensor:
 @contextmanager
 def watch_inputs(observers: list[InputSquares]) -> Iterator[None]:
     """Inside, each forward of the layers is counted by their observers."""
-
-    def hook(observer: InputSquares) -> Any:
-        return lambda module, args: observer.add(args[0])
-
-    handles = [o.layer.register_forward_pre_hook(hook(o)) for o in observers]
+    handles = [o.layer.register_forward_pre_hook(_WeakHook(o.before_forward)) for o in observers]
     _Eager.hold()
     try:
         yield
@@ -112,25 +128,66 @@ def watch_inputs(observers: list[InputSquares]) -> Iterator[None]:
             handle.remove()
 
 
+def _let_go(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    _Eager.release()
+
+
 class GradientWatcher:
     """Base: sees the input and the gradient of the output of a layer in each backward.
 
-    What it gathers sums over the backward passes until :meth:`remove`. A pass whose gradient is not
-    finite (a step that a GradScaler skips) is not counted.
+    What it gathers sums over the backward passes until :meth:`remove`, or until it is dropped. A
+    pass whose gradient is not finite is not counted.
+
+    Args:
+        layer: the layer to watch.
+        of_step: what is gathered belongs to a step of the optimizer: where the layer's gradient has
+            been cleared it is forgotten. So a step that a GradScaler skips leaves nothing.
     """
 
     sum: Tensor
 
-    def __init__(self, layer: BlockSparseLinear) -> None:
+    def __init__(self, layer: BlockSparseLinear, *, of_step: bool = False) -> None:
         self.layer = layer
-        self.passes = torch.zeros((), dtype=torch.float64, device=layer.values.device)
-        self._handle = layer.register_forward_hook(self._after_forward)
+        self._landed = False  # in the layer's gradient, since that was last looked at
+        self._start()
+        handles: list[Any] = [layer.register_forward_hook(_WeakHook(self._after_forward))]
+        if of_step:
+            hook = _WeakHook(self._after_landing)
+            handles.append(layer.values.register_post_accumulate_grad_hook(hook))
+        self._handles = weakref.finalize(self, _let_go, handles)
         _Eager.hold()
+
+    def _start(self) -> None:
+        """Nothing has been gathered yet; where the layer is."""
+        self.passes = torch.zeros((), dtype=torch.float64, device=self.layer.values.device)
 
     def _after_forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         if output.requires_grad:
+            if self.passes.device != self.layer.values.device:  # the layer has moved since
+                self._start()
+            self.forget_if_cleared()
             input = args[0].detach()
             output.register_hook(lambda gradient: self._after_backward(input, gradient))
+
+    def _after_landing(self, values: Tensor) -> None:
+        self._landed = True
+
+    @torch.no_grad()
+    def forget_if_cleared(self) -> None:
+        """Forgets what had come into a gradient that is None or zero now. Waits for no device."""
+        if self._landed:
+            self._landed = False
+            gradient = self.layer.values.grad
+            cleared = ~gradient.any() if gradient is not None else torch.tensor(True)
+            cleared = cleared.to(self.passes.device, non_blocking=True)
+            for tensor in self._gathered():
+                tensor.masked_fill_(cleared, 0)  # not a product: what overflowed would become NaN
+
+    def _gathered(self) -> list[Tensor]:
+        """All that sums over the passes."""
+        return [self.passes, self.sum]
 
     @torch.no_grad()
     def _after_backward(self, input: Tensor, gradient: Tensor) -> None:
@@ -147,9 +204,8 @@ class GradientWatcher:
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Takes the hook off the layer. To be called once."""
-        self._handle.remove()
-        _Eager.release()
+        """Takes the hooks off the layer."""
+        self._handles()
 
 
 def seen_by(watchers: Mapping[str, GradientWatcher], group: Any = None) -> dict[str, bool]:
@@ -169,18 +225,27 @@ class CandidateGradients(GradientWatcher):
     dense gradient is made.
 
     Args:
-        layer: the layer to watch.
+        layer, of_step: see :class:`GradientWatcher`.
         ids: int64 ``[n]``, ascending ids of the candidate blocks.
     """
 
-    def __init__(self, layer: BlockSparseLinear, ids: Tensor) -> None:
+    def __init__(self, layer: BlockSparseLinear, ids: Tensor, *, of_step: bool = False) -> None:
         self.ids = ids
-        self.inputs = InputSquares(layer)
-        dtype = torch.promote_types(layer.values.dtype, torch.float32)
-        self.sum = torch.zeros((len(ids), *layer.block_shape), dtype=dtype, device=ids.device)
+        super().__init__(layer, of_step=of_step)
+
+    def _start(self) -> None:
+        super()._start()
+        values = self.layer.values
+        self.ids = self.ids.to(values.device)
+        self.inputs = InputSquares(self.layer)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        shape = (len(self.ids), *self.layer.block_shape)
+        self.sum = torch.zeros(shape, dtype=dtype, device=values.device)
         # Without a plan: for the one product that comes it takes longer than it saves.
-        self._index = indices_of(ids, layer.pattern)[2]
-        super().__init__(layer)
+        self._index = indices_of(self.ids, self.layer.pattern)[2]
+
+    def _gathered(self) -> list[Tensor]:
+        return [*super()._gathered(), self.inputs.sum, self.inputs.tokens]
 
     def _add(self, input: Tensor, gradient: Tensor, finite: Tensor) -> None:
         squares, tokens = self.inputs.of(input)
@@ -215,9 +280,9 @@ class PooledGradients(GradientWatcher):
     inputs, and their product costs 1 / (block_out * block_in) of a dense gradient.
     """
 
-    def __init__(self, layer: BlockSparseLinear) -> None:
-        self.sum = torch.zeros(layer.pattern.grid, device=layer.values.device)
-        super().__init__(layer)
+    def _start(self) -> None:
+        super()._start()
+        self.sum = torch.zeros(self.layer.pattern.grid, device=self.layer.values.device)
 
     def _gather(self, input: Tensor, gradient: Tensor) -> Tensor:
         block_out, block_in = self.layer.block_shape
