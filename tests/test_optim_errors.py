@@ -1,6 +1,8 @@
 """What the methods refuse when they are made, and what they warn of."""
 
+import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -173,7 +175,9 @@ def test_numbers_that_are_no_integers():
         (lambda: BlockSET(model, optimizer, 100, end=-5), "end: must not be negative, got -5"),
         (lambda: BlockMovement(model, optimizer, 100, begin=0.1), "begin: must be an int, got 0.1"),
         (lambda: BlockMovement(model, optimizer, 100, score_every=1.5), "score_every: must be an"),
-        (lambda: BlockMovement(model, optimizer, 100, penalty=float("nan")), "penalty: must not"),
+        (lambda: BlockMovement(model, optimizer, 100, penalty=float("nan")), "penalty: must be fi"),
+        (lambda: BlockMovement(model, optimizer, 100, score_lr=-1e-2), "score_lr: must not be neg"),
+        (lambda: BlockRigL(model, optimizer, 100, candidates=math.inf), "candidates: must be fin"),
         (lambda: BlockRigL(model, optimizer, 100, candidates=float("nan")), "candidates: must be"),
         (
             lambda: GradualMagnitude(model, optimizer, 100, density=0.1, updates=2.5),
@@ -364,3 +368,58 @@ def test_compaction_after_steps_that_were_not_told(build):
     optimizer.step()
     with pytest.raises(RuntimeError, match="has made 1 steps since the last call of step"):
         sparsifier.compact()
+
+
+def test_numbers_that_are_no_numbers():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for name in ("threshold", "floor", "penalty", "score_lr"):
+        with pytest.raises(TypeError, match=f"{name}: must be a number, got '1'"):
+            BlockMovement(model, optimizer, 100, **{name: "1"})
+    with pytest.raises(TypeError, match="candidates: must be a number"):
+        BlockRigL(model, optimizer, 100, candidates="4")
+    with pytest.raises(ValueError, match="score: must be one of"):
+        GradualMagnitude(model, optimizer, 100, density=0.1, score=["l1"])
+    with pytest.raises(TypeError, match=r"state: must be what state_dict\(\) returned, got 5"):
+        BlockSET(model, optimizer, 100).load_state_dict(5)
+
+
+@pytest.mark.parametrize("build", [BlockMovement, partial(GradualMagnitude, density=0.1)])
+def test_a_layer_that_has_moved_to_another_device(build):
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparsifier = build(model, optimizer, 40)
+    sparsifier.layers[0].module.to("meta")
+    with pytest.raises(RuntimeError, match="is on meta now, but was on cpu when the method"):
+        sparsifier._check_layers()
+
+
+def test_movement_where_backward_comes_in_a_closure():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = BlockMovement(model, optimizer, 40, begin=0, score_every=1)
+
+    def closure():
+        loss = model(torch.randn(4, 64)).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="call backward.. before it, not in a closure"):
+        optimizer.step(closure)
+    del sparsifier
+
+
+def test_movement_of_a_model_that_changes_its_dtype():
+    model = mlp(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparsifier = BlockMovement(model, optimizer, 40, every=2, begin=0, score_lr=10.0, penalty=100.0)
+    for step in range(10):
+        train_step(model, optimizer, sparsifier, seed=step)
+    assert sparsifier.density() < 1
+    model.to(torch.bfloat16)
+    for _ in range(10):
+        model(torch.randn(4, 64).bfloat16()).square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+    assert all(layer.module.values.isfinite().all() for layer in sparsifier.layers)

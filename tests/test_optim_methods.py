@@ -1,6 +1,10 @@
 """Each method finds what it should: a planted pattern, its schedule, its formula."""
 
+import copy
+import io
 import itertools
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -19,7 +23,7 @@ from pytorch_block_sparse.optim import (
     layer_counts,
     layer_densities,
 )
-from pytorch_block_sparse.optim.observe import CandidateGradients
+from pytorch_block_sparse.optim.observe import CandidateGradients, _Eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -316,6 +320,80 @@ def test_evaluation_between_two_steps_is_not_watched():
                     model(torch.full((4, 64), 1e3))
         runs.append(model[0].pattern.mask())
     assert torch.equal(*runs)
+
+
+# --- RigL's watchers come and go ------------------------------------------------------------------
+
+
+def rigl(steps, **options):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = BlockRigL(model, optimizer, 100, **options)
+    for step in range(steps):
+        train_step(model, optimizer, sparsifier, seed=step)
+    return model, optimizer, sparsifier
+
+
+def hooks_of(model):
+    values = model[0].values._post_accumulate_grad_hooks or {}
+    return len(model[0]._forward_hooks) + len(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "saved_at", "loaded_at"),
+    [
+        ({"every": 5}, 0, 4),  # back to a step that is not due
+        ({"every": 1, "end": 10}, 15, 0),  # from a new one, whose first step is due, to the end
+    ],
+)
+def test_rigl_watches_nothing_once_another_step_is_loaded(options, saved_at, loaded_at):
+    before = _Eager.holders
+    saved = [copy.deepcopy(item.state_dict()) for item in rigl(saved_at, **options)]
+    items = rigl(loaded_at, **options)
+    assert hooks_of(items[0]) == 2 and _Eager.holders == before + 2
+    for item, state in zip(items, saved, strict=True):
+        item.load_state_dict(state)
+    assert hooks_of(items[0]) == 0 and _Eager.holders == before
+
+
+def test_rigl_that_is_dropped_watches_no_longer():
+    before = _Eager.holders
+    model, _, sparsifier = rigl(4, every=5)
+    assert hooks_of(model) == 2 and _Eager.holders == before + 2
+    del sparsifier
+    assert hooks_of(model) == 0 and _Eager.holders == before
+
+
+def test_a_copy_of_a_watched_model_is_not_watched():
+    before = _Eager.holders
+    model, optimizer, sparsifier = rigl(4, every=5)
+    twin, _ = copy.deepcopy((model, sparsifier))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), twin, torch.load(file, weights_only=False)]
+    before_update = model[0].pattern.mask()
+    train_step(model, optimizer, sparsifier, seed=4)
+    assert _Eager.holders == before and not torch.equal(model[0].pattern.mask(), before_update)
+    for other in copies:  # what is left of the hook keeps and calls nothing
+        (hook,) = other[0]._forward_hooks.values()
+        assert hook._method is None and not other[0].values._post_accumulate_grad_hooks
+        other(torch.randn(4, 64)).sum().backward()
+
+
+def test_rigl_is_silent_where_a_script_ends_while_it_watches(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, torch._dynamo\n"
+        "from pytorch_block_sparse import BlockSparseLinear\n"
+        "from pytorch_block_sparse.optim import BlockRigL\n"
+        "model = torch.nn.Sequential(BlockSparseLinear(64, 64, density=0.25))\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "sparsifier = BlockRigL(model, optimizer, 100, every=1)\n"
+        "assert sparsifier._watched\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 # --- gradual magnitude and Wanda -----------------------------------------------------------------

@@ -6,6 +6,7 @@ weight W', so that its gradient is there for all blocks, masked ones too; the we
 blocks are kept aside and come back if their score rises again.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from .._progress import progress
 from . import scores
 from .choose import highest
 from .layers import SparseLayer, sums_of_parts
-from .schedule import Cubic, Every, check_int, share_of
+from .schedule import Cubic, Every, check_finite, check_int, share_of
 from .sparsifier import Sparsifier
 
 
@@ -83,12 +84,18 @@ class BlockMovement(Sparsifier):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
+        check_finite("threshold", threshold)
+        check_finite("floor", floor)
+        check_finite("penalty", penalty)
+        check_finite("score_lr", score_lr)
         if not 0 < threshold < 1:
             raise ValueError(f"threshold: must be in (0, 1), got {threshold}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: must be in (0, 1], got {floor}")
         if not penalty >= 0:
             raise ValueError(f"penalty: must not be negative, got {penalty}")
+        if score_lr < 0:
+            raise ValueError(f"score_lr: must not be negative, got {score_lr}")
         begin, end = (
             share_of(total_steps, 0.1, "begin", begin),
             share_of(total_steps, 0.75, "end", end),
@@ -165,13 +172,18 @@ class BlockMovement(Sparsifier):
         """dL/dS of each block, but for the penalty's part; 0 in layers that had no gradient."""
         seen = [layer for layer in self.layers if layer.module.values.grad is not None]
         if not seen:
+            warnings.warn(
+                "BlockMovement: no layer has a gradient when optimizer.step() begins, so the "
+                "scores follow the penalty alone; call backward() before it, not in a closure",
+                stacklevel=5,
+            )
             return torch.zeros_like(self._score)
         values = [layer.module.values for layer in seen]
         slopes = scores.effects(
             values,
             [own.grad for own in values if own.grad is not None],
             [layer.dead for layer in seen],
-            [self._aside[layer.name] for layer in seen],
+            [self._aside[layer.name].to(layer.module.values.dtype) for layer in seen],
         )
         if len(seen) == len(self.layers):
             return slopes
@@ -193,7 +205,7 @@ class BlockMovement(Sparsifier):
         start = 0
         for layer, now, positions in zip(self.layers, self._split(alive), dead, strict=True):
             values, device = layer.module.values, layer.alive.device
-            values.index_copy_(0, layer.dead, self._aside[layer.name])
+            values.index_copy_(0, layer.dead, self._aside[layer.name].to(values.dtype))
             layer.alive, layer.dead = now.to(device), (positions - start).to(device)
             self._aside[layer.name] = values.index_select(0, layer.dead)
             start += len(now)

@@ -15,7 +15,7 @@ from .block_set import BlockSET
 from .choose import highest, random_sample
 from .layers import SparseLayer
 from .observe import CandidateGradients, seen_by
-from .schedule import Schedule
+from .schedule import Schedule, check_finite, check_share
 
 
 class BlockRigL(BlockSET):
@@ -76,10 +76,10 @@ class BlockRigL(BlockSET):
         only: Callable[[str], bool] | None = None,
         process_group: Any = None,
     ) -> None:
+        check_finite("candidates", candidates)
         if not candidates >= 1:
             raise ValueError(f"candidates: must be at least 1, got {candidates}")
-        if not 0 <= random_share <= 1:
-            raise ValueError(f"random_share: must be in [0, 1], got {random_share}")
+        check_share("random_share", random_share)
         self.candidates = candidates
         self.random_share = random_share
         self.normalise = normalise
@@ -115,7 +115,8 @@ class BlockRigL(BlockSET):
 
     def _collect(self) -> None:
         for watched in self._watched.values():
-            watched.forget_if_cleared()  # left by a skipped step, and no forward since
+            # Left by a skipped step, and no forward since. Zeros are this step's gradient.
+            watched.forget_if_cleared(zeros=False)
 
     def _release(self) -> None:
         for watched in self._watched.values():

@@ -86,8 +86,8 @@ class GradualMagnitude(Sparsifier):
             raise ValueError(
                 f"updates: at least 1, and compactions at least 0, got {updates}, {compactions}"
             )
-        if score != "relative" and score not in scores.FROM_WEIGHTS:
-            known = ["relative", *scores.FROM_WEIGHTS]
+        known = ["relative", *scores.FROM_WEIGHTS]
+        if score not in known:
             raise ValueError(f"score: must be one of {known}, got {score!r}")
         begin = share_of(total_steps, 0.1, "begin", begin)
         end = share_of(total_steps, 0.4, "end", end)

@@ -47,6 +47,14 @@ class SparseLayer:
         """Says which blocks are alive."""
         self.alive, self.dead = alive, (~alive).nonzero().squeeze(1)
 
+    def check_device(self) -> None:
+        """RuntimeError if the layer has moved to another device since this was made."""
+        if self.module.values.device != self.dead.device:
+            raise RuntimeError(
+                f"{self.name}: is on {self.module.values.device} now, but was on "
+                f"{self.dead.device} when the method was made; make it after the model was moved"
+            )
+
     @property
     def alive_count(self) -> int:
         """Number of blocks that are alive."""
@@ -66,6 +74,8 @@ def hold_at_zero(layers: list[SparseLayer]) -> None:
     device = values[0].device
     if not any(positions.numel() for positions in dead):
         return
+    for layer in layers:
+        layer.check_device()
     if all(own.is_contiguous() and own.device == device for own in values):
         zero_blocks_(values, dead)  # on a GPU, a launch for each takes longer than what it does
         return

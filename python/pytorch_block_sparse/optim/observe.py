@@ -153,7 +153,7 @@ class GradientWatcher:
         self._landed = False  # in the layer's gradient, since that was last looked at
         self._start()
         handles: list[Any] = [layer.register_forward_hook(_WeakHook(self._after_forward))]
-        if of_step:
+        if of_step and layer.values.requires_grad:
             hook = _WeakHook(self._after_landing)
             handles.append(layer.values.register_post_accumulate_grad_hook(hook))
         self._handles = weakref.finalize(self, _let_go, handles)
@@ -175,11 +175,15 @@ class GradientWatcher:
         self._landed = True
 
     @torch.no_grad()
-    def forget_if_cleared(self) -> None:
-        """Forgets what had come into a gradient that is None or zero now. Waits for no device."""
-        if self._landed:
+    def forget_if_cleared(self, *, zeros: bool = True) -> None:
+        """Forgets what had come into a gradient that is None now, or zero. Waits for no device.
+
+        Args:
+            zeros: whether zeros mean that it was cleared; they may be what it is.
+        """
+        gradient = self.layer.values.grad
+        if self._landed and (zeros or gradient is None):
             self._landed = False
-            gradient = self.layer.values.grad
             cleared = ~gradient.any() if gradient is not None else torch.tensor(True)
             cleared = cleared.to(self.passes.device, non_blocking=True)
             for tensor in self._gathered():

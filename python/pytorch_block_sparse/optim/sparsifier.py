@@ -182,9 +182,12 @@ class Sparsifier:
         """Goes on where :meth:`state_dict` was taken: load model and optimizer first.
 
         Raises:
+            TypeError: no state at all.
             ValueError: the state of another method, of other layers, or of another number of
                 blocks. Nothing is changed then.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"state: must be what state_dict() returned, got {state!r}")
         if state.get("method") != type(self).__name__:
             raise ValueError(f"state: is of {state.get('method')}, not of {type(self).__name__}")
         names, wanted = list(state["layers"]), [layer.name for layer in self.layers]
@@ -284,6 +287,7 @@ class Sparsifier:
                     "would go on changing its pattern; make the method anew, it leaves frozen "
                     "layers as they are"
                 )
+            layer.check_device()
             if len(layer.alive) != layer.module.block_count:
                 raise RuntimeError(
                     f"{layer.name}: has {layer.module.block_count} blocks, but "
