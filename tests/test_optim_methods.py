@@ -20,8 +20,10 @@ from pytorch_block_sparse.optim import (
     BlockSET,
     BlockWanda,
     GradualMagnitude,
+    SparseOptimizer,
     layer_counts,
     layer_densities,
+    update_pattern_,
 )
 from pytorch_block_sparse.optim.observe import CandidateGradients, _Eager
 
@@ -322,6 +324,62 @@ def test_evaluation_between_two_steps_is_not_watched():
     assert torch.equal(*runs)
 
 
+# --- RigL beside something else that changes the pattern ------------------------------------------
+
+
+def another_rigl(model, optimizer):
+    sparsifier = BlockRigL(model, optimizer, 100, every=3, seed=1)
+    return sparsifier.step
+
+
+def a_sparse_optimizer(model, optimizer):
+    sparse = SparseOptimizer(SparseOptimizer.sparse_objects(model), lr=0.5)
+    sparse.attach_optimizer(optimizer)
+    return sparse.step
+
+
+@pytest.mark.parametrize("build", [another_rigl, a_sparse_optimizer])
+def test_rigl_beside_another_method(build):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = BlockRigL(model, optimizer, 100, every=2)
+    beside = build(model, optimizer)
+    for step in range(20):
+        train_step(model, optimizer, sparsifier, seed=step)
+        beside()
+        for layer in (model[0], model[2]):
+            assert layer.pattern.mask().sum() == layer.block_count == 32
+    assert len(sparsifier.log) == 10
+
+
+def test_rigl_passes_over_candidates_that_came_otherwise():
+    """The largest gradients of those that are left are grown; where none is left, others."""
+    for taken in (15, 20):  # of 20
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        sparsifier = BlockRigL(
+            model, optimizer, 100, every=2, candidates=2, random_share=0.0, normalise=False
+        )
+        train_step(model, optimizer, sparsifier, seed=0)
+        layer, count = model[0], round(32 * sparsifier.drop(2))
+        ids = sparsifier._watched["0"].ids[:taken]
+        present = layer.pattern.mask().nonzero()[: len(ids)]
+        update_pattern_(layer, present, torch.stack([ids // 8, ids % 8], 1), optimizer)
+        before = layer.pattern.mask()
+
+        watched = sparsifier._watched["0"]
+        x = torch.randn(16, 64)
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        norms = watched.norms().masked_fill(before.flatten()[watched.ids], -1)
+        optimizer.step()
+        sparsifier.step()
+        grown = (layer.pattern.mask() & ~before).flatten()
+        assert grown.sum() == count and layer.pattern.mask().sum() == 32
+        left = min(count, int((norms >= 0).sum()))
+        assert grown[watched.ids[norms.topk(left).indices]].all()
+        assert left == 20 - taken
+
+
 # --- RigL's watchers come and go ------------------------------------------------------------------
 
 
@@ -387,7 +445,7 @@ def test_rigl_is_silent_where_a_script_ends_while_it_watches(tmp_path):
         "import torch, torch._dynamo\n"
         "from pytorch_block_sparse import BlockSparseLinear\n"
         "from pytorch_block_sparse.optim import BlockRigL\n"
-        "model = torch.nn.Sequential(BlockSparseLinear(64, 64, density=0.25))\n"
+        "model = torch.nn.Sequential(BlockSparseLinear(256, 256, density=0.25))\n"
         "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
         "sparsifier = BlockRigL(model, optimizer, 100, every=1)\n"
         "assert sparsifier._watched\n"
