@@ -26,6 +26,7 @@ from pytorch_block_sparse.optim import (
     update_pattern_,
 )
 from pytorch_block_sparse.optim.observe import CandidateGradients, _Eager
+from pytorch_block_sparse.optim.update import replace_blocks_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -378,6 +379,40 @@ def test_rigl_passes_over_candidates_that_came_otherwise():
         left = min(count, int((norms >= 0).sum()))
         assert grown[watched.ids[norms.topk(left).indices]].all()
         assert left == 20 - taken
+
+
+def test_blocks_that_cannot_be_replaced_change_nothing():
+    """Neither by hand nor in a method of one's own, whose choice is not checked."""
+    model = mlp()
+    layer = model[0]
+    optimizer = torch.optim.AdamW(model.parameters())
+    train_step(model, optimizer)
+    layer.values.grad = torch.randn_like(layer.values)
+    state = optimizer.state[layer.values]
+    mask = layer.pattern.mask()
+    drop, present, absent = mask.nonzero()[:2], mask.nonzero()[3:5], (~mask).nonzero()[:2]
+
+    def everything():
+        tensors = [layer.values, layer.values.grad, state["exp_avg"], *layer.buffers()]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    before = everything()
+
+    def refused(error, match, grow=absent, **options):
+        with pytest.raises(error, match=match):
+            update_pattern_(layer, drop, grow, optimizer, **options)
+        assert all(map(torch.equal, before, everything()))
+
+    refused(ValueError, "grow: block .* is present already", present)
+    refused(ValueError, "grow: names a block twice", absent[[0, 0]])
+    refused(TypeError, "new_values: must be a tensor, got list", new_values=[0.0])
+    refused(ValueError, r"new_values: must be \[2, 8, 8\]", new_values=torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="without duplicates"):
+        ids = present[:, 0] * mask.shape[1] + present[:, 1]
+        replace_blocks_(layer.weight, torch.arange(2), ids, optimizer)
+    assert all(map(torch.equal, before, everything()))
+    state["exp_avg_sq"] = state["exp_avg_sq"].to("meta")
+    refused(TypeError, "keeps 'exp_avg_sq' on meta, but the values are on cpu")
 
 
 # --- RigL's watchers come and go ------------------------------------------------------------------

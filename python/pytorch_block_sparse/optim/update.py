@@ -62,7 +62,8 @@ def update_pattern_(
         ValueError: another number of blocks in `drop` than in `grow`, a block twice, a dropped
             block that is absent, a grown one that is present, or an optimizer that does not train
             the layer. Nothing is changed then.
-        TypeError: optimizer state that cannot follow the blocks (factored, flat, quantised).
+        TypeError: optimizer state that cannot follow the blocks (factored, flat, quantised, on
+            another device), or new_values that are no tensor. Nothing is changed then either.
 
     Example:
         >>> from pytorch_block_sparse import BlockSparseLinear, Pattern
@@ -96,28 +97,35 @@ def replace_blocks_(
     optimizer: torch.optim.Optimizer | None = None,
     new_values: Tensor | None = None,
 ) -> Change:
-    """:func:`update_pattern_` of positions and block ids (int64 ``[k]``), which are not checked."""
+    """:func:`update_pattern_` of positions and block ids (int64 ``[k]``), which are not checked.
+
+    On a CPU a block that is there twice is an error of the index; like all errors it comes before
+    anything is changed.
+    """
     pattern, values = matrix.pattern, matrix.values
-    wanted = (len(ids), *matrix.block_shape)
-    if new_values is not None and tuple(new_values.shape) != wanted:
-        raise ValueError(f"new_values: must be {list(wanted)}, got {list(new_values.shape)}")
+    if new_values is not None:
+        if not isinstance(new_values, Tensor):
+            raise TypeError(f"new_values: must be a tensor, got {type(new_values).__name__}")
+        wanted = (len(ids), *matrix.block_shape)
+        if tuple(new_values.shape) != wanted:
+            raise ValueError(f"new_values: must be {list(wanted)}, got {list(new_values.shape)}")
+        new_values = new_values.to(values)
     moving = [values, *block_state(optimizer, values)]
     if values.grad is not None:
         moving.append(values.grad)
-
     moved = block_ids(pattern).index_copy_(0, positions, ids)
     moved, order = torch.sort(moved)
     fresh = torch.zeros_like(moved, dtype=torch.bool).index_fill_(0, positions, True)[order]
+    crow, col, index = _planned(moved, pattern)
+
     for tensor in moving:
         # A new block takes the place in `order` of one that goes, whose zeros it inherits.
         tensor.copy_(tensor.index_fill_(0, positions, 0)[order])
-
-    crow, col, index = _planned(moved, pattern)
     pattern.crow_indices.copy_(crow)
     pattern.col_indices.copy_(col)
     pattern.index.copy_(index)
     if new_values is not None:
-        values[torch.searchsorted(moved, ids)] = new_values.to(values)
+        values[torch.searchsorted(moved, ids)] = new_values
         zero_outside_(values, pattern)
     return Change(order, fresh)
 
@@ -145,7 +153,8 @@ def compact_(
     Raises:
         ValueError: a block that is absent or named twice, none at all, or an optimizer that does
             not train the layer. Nothing is changed then.
-        TypeError: optimizer state that cannot follow the blocks (factored, flat, quantised).
+        TypeError: optimizer state that cannot follow the blocks (factored, flat, quantised, on
+            another device).
 
     Example:
         >>> from pytorch_block_sparse import BlockSparseLinear
@@ -249,6 +258,11 @@ def block_state(optimizer: torch.optim.Optimizer | None, values: Tensor) -> list
     for name, item in state.items():
         plain = type(item) in (Tensor, nn.Parameter)
         if plain and item.shape == values.shape:
+            if item.device != values.device:
+                raise TypeError(
+                    f"optimizer: {type(optimizer).__name__} keeps {name!r} on {item.device}, but "
+                    f"the values are on {values.device}; its state must be beside them"
+                )
             tensors.append(item)
         elif not (item is None or isinstance(item, (int, float)) or (plain and item.dim() == 0)):
             got = f"{type(item).__name__}" + (
