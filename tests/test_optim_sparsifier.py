@@ -213,6 +213,34 @@ def test_a_sparsifier_whose_optimizer_never_steps_warns():
     assert sparsifier.steps == 0
 
 
+# --- a model that moves ---------------------------------------------------------------------------
+
+
+@method
+def test_a_model_that_moves_to_another_device_is_an_error_at_the_next_step(name):
+    model, _, sparsifier = make(name)
+    model.to("meta")
+    sparsifier._new_steps = 1
+    with pytest.raises(RuntimeError, match="0: is on meta now, but was on cpu when the method"):
+        sparsifier.step()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("train", [0, 4])
+@method
+def test_a_model_that_moves_to_a_gpu_is_an_error_at_the_next_step(name, train):
+    model = mlp(METHODS[name][0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)  # whose state need not move
+    sparsifier = METHODS[name][1](model, optimizer)
+    for step in range(train):
+        train_step(model, optimizer, sparsifier, seed=step)
+    model.to("cuda")
+    model(torch.randn(16, 64, device="cuda")).square().mean().backward()
+    with pytest.raises(RuntimeError, match="0: is on cuda:0 now, but was on cpu when the method"):
+        optimizer.step()
+        sparsifier.step()
+
+
 # --- rule 5: resuming -----------------------------------------------------------------------------
 
 

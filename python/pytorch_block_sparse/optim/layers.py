@@ -74,13 +74,13 @@ def hold_at_zero(layers: list[SparseLayer]) -> None:
     device = values[0].device
     if not any(positions.numel() for positions in dead):
         return
-    for layer in layers:
-        layer.check_device()
-    if all(own.is_contiguous() and own.device == device for own in values):
+    there = zip(values, dead, strict=True)
+    if all(own.is_contiguous() and own.device == at.device == device for own, at in there):
         zero_blocks_(values, dead)  # on a GPU, a launch for each takes longer than what it does
         return
-    for own, positions in zip(values, dead, strict=True):
-        own.index_fill_(0, positions, 0)
+    for layer, own in zip(layers, values, strict=True):
+        layer.check_device()
+        own.index_fill_(0, layer.dead, 0)
 
 
 def sums_of_parts(joined: Tensor, sizes: list[int]) -> Tensor:

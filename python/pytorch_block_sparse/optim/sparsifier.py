@@ -59,7 +59,8 @@ class Sparsifier:
     Raises:
         ValueError: no block-sparse layer, none that is trained, or an optimizer that does not hold
             their values.
-        RuntimeError: two optimizer steps without a call of :meth:`step` in between.
+        RuntimeError: two optimizer steps without a call of :meth:`step` in between, or a model that
+            has moved to another device since.
         TypeError: the optimizer keeps state that cannot follow the blocks (see
             :func:`update_pattern_`; found at the first update, where it appears then only).
     """
@@ -154,6 +155,7 @@ class Sparsifier:
                 )
             return None
         self._refuse_missed_steps(allowed=1)
+        self.layers[0].check_device()  # the others at the next update: each takes its time
         self._new_steps, self._calls_in_vain = 0, 0
         self.steps += 1
         with torch.no_grad():
