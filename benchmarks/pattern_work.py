@@ -345,7 +345,7 @@ def main():
         torch.set_num_threads(1)
     args.stopwatch = Stopwatch(args.device)
     args.stopwatch.watch(Sparsifier, "step")
-    args.stopwatch.watch(Sparsifier, "_before_optimizer_step")
+    args.stopwatch.watch(Sparsifier, "_with_gradients")
     args.stopwatch.watch(GradientWatcher, "_after_forward")
     args.stopwatch.watch(GradientWatcher, "_after_backward")
     columns, how = (WHOLE, train) if args.whole else (WINDOWS, measure)

@@ -204,6 +204,38 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name, fused):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("by_name", [True, False])
+@method
+def test_a_backward_in_a_closure_is_as_good_as_one_before(name, by_name, to_none):
+    """Lightning does it so. The gradients of the step before are cleared in the closure."""
+    runs = []
+    for in_closure in (False, True):
+        model, optimizer, sparsifier = make(name)
+        for step in range(20):
+
+            def closure(model=model, optimizer=optimizer, step=step):
+                optimizer.zero_grad(set_to_none=to_none)
+                x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+                loss = (model(x) - x.roll(1, 1)).square().mean()
+                loss.backward()
+                return loss
+
+            if not in_closure:
+                closure()
+                optimizer.step()
+            elif by_name:
+                assert optimizer.step(closure=closure) > 0
+            else:
+                assert optimizer.step(closure) > 0
+            sparsifier.step()
+        scores = getattr(sparsifier, "scores", {})
+        runs.append((snapshot(model), sparsifier.log, {**scores}))
+    assert_equal(runs[0][0], runs[1][0])
+    assert_equal(runs[0][2], runs[1][2])
+    assert runs[0][1] == runs[1][1] and runs[0][1]
+
+
 def test_a_sparsifier_whose_optimizer_never_steps_warns():
     model, _, sparsifier = make("SET")
     other = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -173,8 +173,8 @@ class BlockMovement(Sparsifier):
         seen = [layer for layer in self.layers if layer.module.values.grad is not None]
         if not seen:
             warnings.warn(
-                "BlockMovement: no layer has a gradient when optimizer.step() begins, so the "
-                "scores follow the penalty alone; call backward() before it, not in a closure",
+                f"BlockMovement: no layer has a gradient in step {self.steps + 1}, so the scores "
+                "follow the penalty alone; call backward() before it, or in its closure",
                 stacklevel=5,
             )
             return torch.zeros_like(self._score)

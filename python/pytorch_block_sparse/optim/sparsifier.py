@@ -100,7 +100,7 @@ class Sparsifier:
             )
         if self.optimizer is not None:
             # Weakly: an optimizer must not keep a sparsifier alive that its user has dropped.
-            self.optimizer.register_step_pre_hook(_weak_hook(self._before_optimizer_step))
+            self.optimizer.register_step_pre_hook(_weak_pre_hook(self._with_gradients))
             self.optimizer.register_step_post_hook(_weak_hook(self._after_optimizer_step))
 
     def _choose_layers(
@@ -219,7 +219,7 @@ class Sparsifier:
         """Called when the next step will be one with an update."""
 
     def _collect(self) -> None:
-        """Called before each real optimizer step: gradients are there, values not yet stepped."""
+        """Called in each real optimizer step: gradients are there, values not yet stepped."""
 
     def _after_step(self) -> None:
         """Called after each real optimizer step, update or not."""
@@ -311,7 +311,7 @@ class Sparsifier:
 
     # --- inner works ------------------------------------------------------------------------------
 
-    def _before_optimizer_step(self) -> None:
+    def _with_gradients(self) -> None:
         with torch.no_grad():
             self._collect()
 
@@ -396,6 +396,31 @@ def _weak_hook(method: Callable[[], None]) -> Callable[[Any, Any, Any], None]:
         target = reference()
         if target is not None and not _skipped(optimizer):
             target()
+
+    return hook
+
+
+def _weak_pre_hook(method: Callable[[], None]) -> Callable[[Any, Any, Any], Any]:
+    """Calls `method` before each step that is not skipped, or after the backward in its closure."""
+    weak, reference = _weak_hook(method), weakref.WeakMethod(method)
+
+    def hook(optimizer: Any, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure) or reference() is None:
+            return weak(optimizer, args, kwargs)
+        seen = False
+
+        def with_gradients() -> Any:
+            nonlocal seen
+            loss = closure()
+            if not seen:  # some optimizers call it more than once
+                seen = True
+                weak(optimizer, args, kwargs)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], with_gradients, *args[2:]), kwargs
+        return args, {**kwargs, "closure": with_gradients}
 
     return hook
 
