@@ -47,6 +47,14 @@ class SparseLayer:
         """Says which blocks are alive."""
         self.alive, self.dead = alive, (~alive).nonzero().squeeze(1)
 
+    def check_trained(self, method: str) -> None:
+        """RuntimeError if the layer has been frozen since `method` was made."""
+        if not self.module.values.requires_grad:
+            raise RuntimeError(
+                f"{self.name}: has been frozen since {method} was made, which would go on changing "
+                "its pattern; make the method anew, it leaves frozen layers as they are"
+            )
+
     def check_device(self) -> None:
         """RuntimeError if the layer has moved to another device since this was made."""
         if self.module.values.device != self.dead.device:
@@ -65,6 +73,16 @@ class SparseLayer:
         """Number of blocks of the full grid."""
         rows, cols = self.module.pattern.grid
         return rows * cols
+
+
+def refuse_tied(name: str, module: BlockSparseLinear, layers: list[SparseLayer]) -> None:
+    """ValueError if one of `layers` has the same values."""
+    for layer in layers:
+        if layer.module.values is module.values:
+            raise ValueError(
+                f"{name}: has its values in common with {layer.name}, so neither can change its "
+                "pattern; leave both out"
+            )
 
 
 def hold_at_zero(layers: list[SparseLayer]) -> None:

@@ -7,7 +7,7 @@ eagerly, also that of other models (torch has no switch for one), and is not com
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..linear import BlockSparseLinear
+from .hooks import WeakHook
 from .update import indices_of
 
 
@@ -45,21 +46,6 @@ class _Eager:
         if cls.holders == 0 and cls.stance is not None:
             cls.stance.__exit__(None, None, None)
             cls.stance = None
-
-
-class _WeakHook:
-    """Calls a method as long as its object lives. A copy, in a copied layer, calls nothing."""
-
-    def __init__(self, method: Callable[..., None] | None = None) -> None:
-        self._method = None if method is None else weakref.WeakMethod(method)
-
-    def __call__(self, *args: Any) -> None:
-        method = None if self._method is None else self._method()
-        if method is not None:
-            method(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _WeakHook, ()
 
 
 class InputSquares:
@@ -118,7 +104,7 @@ def _squares(x: Tensor) -> Tensor:
 @contextmanager
 def watch_inputs(observers: list[InputSquares]) -> Iterator[None]:
     """Inside, each forward of the layers is counted by their observers."""
-    handles = [o.layer.register_forward_pre_hook(_WeakHook(o.before_forward)) for o in observers]
+    handles = [o.layer.register_forward_pre_hook(WeakHook(o.before_forward)) for o in observers]
     _Eager.hold()
     try:
         yield
@@ -152,9 +138,9 @@ class GradientWatcher:
         self.layer = layer
         self._landed = False  # in the layer's gradient, since that was last looked at
         self._start()
-        handles: list[Any] = [layer.register_forward_hook(_WeakHook(self._after_forward))]
+        handles: list[Any] = [layer.register_forward_hook(WeakHook(self._after_forward))]
         if of_step and layer.values.requires_grad:
-            hook = _WeakHook(self._after_landing)
+            hook = WeakHook(self._after_landing)
             handles.append(layer.values.register_post_accumulate_grad_hook(hook))
         self._handles = weakref.finalize(self, _let_go, handles)
         _Eager.hold()
@@ -184,10 +170,11 @@ class GradientWatcher:
         gradient = self.layer.values.grad
         if self._landed and (zeros or gradient is None):
             self._landed = False
-            cleared = ~gradient.any() if gradient is not None else torch.tensor(True)
-            cleared = cleared.to(self.passes.device, non_blocking=True)
             for tensor in self._gathered():
-                tensor.masked_fill_(cleared, 0)  # not a product: what overflowed would become NaN
+                if gradient is None:
+                    tensor.zero_()
+                else:  # not a product: what overflowed would become NaN
+                    tensor.masked_fill_(~gradient.any(), 0)
 
     def _gathered(self) -> list[Tensor]:
         """All that sums over the passes."""

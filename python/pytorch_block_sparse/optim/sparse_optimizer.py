@@ -15,9 +15,10 @@ from .._sharded import refuse_sharded
 from ..linear import BlockSparseLinear
 from . import scores
 from .choose import generator, lowest, random_sample, without_nan
-from .layers import SparseLayer, sparse_layers
+from .hooks import innermost, on_step
+from .layers import SparseLayer, refuse_tied, sparse_layers
+from .log import log_entry, measure
 from .schedule import check_number
-from .sparsifier import _innermost, _weak_hook
 from .update import absent_ids, block_state, holds, replace_blocks_
 
 _DISTRIBUTIONS = ("uniform", "gaussian")
@@ -110,7 +111,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Its steps count from now on.
         """
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         if inner is None:
             raise TypeError("optimizer: must be a torch.optim.Optimizer, got None")
         if not any(other is inner for other in self.attached_optimizers):
@@ -162,14 +163,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             if not module.values.requires_grad:
                 warnings.warn(f"{name}: is frozen, its pattern stays as it is", stacklevel=5)
                 continue
-            for other in [*self._all_layers(), *layers]:
-                if other.module is module:
-                    raise ValueError(f"{name}: is the same layer as {other.name}; list it once")
-                if other.module.values is module.values:
-                    raise ValueError(
-                        f"{name}: has its values in common with {other.name}, so neither can "
-                        "change its pattern; leave both out"
-                    )
+            known = [*self._all_layers(), *layers]
+            twice = next((layer for layer in known if layer.module is module), None)
+            if twice is not None:
+                raise ValueError(f"{name}: is the same layer as {twice.name}; list it once")
+            refuse_tied(name, module, known)
             layers.append(SparseLayer.of(name, module))
         if not layers:
             raise ValueError("sparse_objects: none of the layers is trained, all are frozen")
@@ -211,6 +209,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             )
         self._calls_in_vain = 0
         self.steps += 1
+        layers = self._all_layers()
+        before = [layer.module.block_count for layer in layers]
         replaced = {item[0].name: self._replace(*item) for item in work}
         for trainer in self._trainers:
             trainer.new_steps = 0
@@ -220,9 +220,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "less than one block's share, or no block is absent",
                 stacklevel=4,
             )
-        entry = self._entry(replaced)
-        self.log.append(entry)
-        return entry
+        numbers = torch.cat(measure(layers)).tolist()
+        self.log.append(log_entry(self.steps, layers, before, replaced, numbers))
+        return self.log[-1]
 
     def _work(self) -> list[_Work]:
         """What is due. Whatever is wrong shows here, before anything is changed."""
@@ -231,12 +231,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             _check_lr(group["lr"])  # a scheduler may have set it
             for layer in layers:
                 values = layer.module.values
-                if not values.requires_grad:
-                    raise RuntimeError(
-                        f"{layer.name}: has been frozen since SparseOptimizer was made, which "
-                        "would go on changing its pattern; make it anew, it leaves frozen layers "
-                        "as they are"
-                    )
+                _catch_up(layer)
+                layer.check_trained("SparseOptimizer")
                 if not self._trainers:
                     work.append((layer, group, None))
                     continue
@@ -254,8 +250,6 @@ class SparseOptimizer(torch.optim.Optimizer):
         self, layer: SparseLayer, group: dict[str, Any], optimizer: torch.optim.Optimizer | None
     ) -> int:
         module = layer.module
-        if len(layer.born) != module.block_count:  # compacted or loaded by hand
-            layer.born = SparseLayer.of(layer.name, module).born
         source = generator(self.seed, layer.name, self.steps)
         count = int(group["lr"] * module.block_count)
         ids = random_sample(absent_ids(module.pattern), count, source)
@@ -265,29 +259,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         new_values = _draw(module.values, len(ids), group, source)
         positions = lowest(norms, len(ids))
         change = replace_blocks_(module.weight, positions, ids, optimizer, new_values)
-        born = layer.born.to(change.order.device)[change.order]
-        layer.born = born.masked_fill_(change.fresh, self.steps)
+        layer.born = layer.born[change.order].masked_fill_(change.fresh, self.steps)
         return len(ids)
-
-    def _entry(self, replaced: dict[str, int]) -> dict[str, Any]:
-        """What is logged of this step."""
-        layers, present, cells = {}, 0, 0
-        for layer in self._all_layers():
-            mask, count = layer.module.pattern.mask(), layer.module.block_count
-            layers[layer.name] = {
-                "density": count / max(1, layer.cells),
-                "churn": replaced.get(layer.name, 0) / max(1, count),
-                "age": self.steps - float(layer.born.sum()) / max(1, count),
-                "dead_rows": int((~mask.any(1)).sum()),
-                "dead_cols": int((~mask.any(0)).sum()),
-            }
-            present, cells = present + count, cells + layer.cells
-        return {
-            "step": self.steps,
-            "density": present / max(1, cells),
-            "churn": sum(replaced.values()) / max(1, present),
-            "layers": layers,
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """The options of the groups, the number of steps and the log; not the layers themselves."""
@@ -323,10 +296,18 @@ class _Trainer:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.new_steps = 0
-        optimizer.register_step_post_hook(_weak_hook(self._count))
+        optimizer.register_step_post_hook(on_step(self._count))
 
     def _count(self) -> None:
         self.new_steps += 1
+
+
+def _catch_up(layer: SparseLayer) -> None:
+    """With a layer that was compacted, loaded or moved by hand."""
+    now = SparseLayer.of(layer.name, layer.module)
+    if len(now.born) == len(layer.born):
+        now.born = layer.born.to(now.born.device)
+    layer.born, layer.alive, layer.dead = now.born, now.alive, now.dead
 
 
 def _check_lr(lr: float) -> None:

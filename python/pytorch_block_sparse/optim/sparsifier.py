@@ -15,9 +15,7 @@ The order in a training step, which every method keeps::
 step that a GradScaler skipped nothing happens.
 """
 
-import itertools
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +25,9 @@ from torch import Tensor, nn
 
 from .._sharded import refuse_sharded
 from .choose import generator, nan_as_lowest, warn_of_nan
-from .layers import SparseLayer, hold_at_zero, sparse_layers, sums_of_parts
+from .hooks import before_step, innermost, on_step
+from .layers import SparseLayer, hold_at_zero, refuse_tied, sparse_layers
+from .log import log_entry, measure
 from .schedule import Every
 from .update import Change, absent_ids, block_state, compact_, holds, replace_blocks_
 
@@ -84,7 +84,7 @@ class Sparsifier:
         self.schedule = schedule
         self.seed = seed
         self.process_group = process_group
-        self.optimizer = _innermost(optimizer)
+        self.optimizer = innermost(optimizer)
         self.layers = self._choose_layers(model, only)
         self.steps = 0
         self.log: list[dict[str, Any]] = []
@@ -99,9 +99,8 @@ class Sparsifier:
                 stacklevel=3,
             )
         if self.optimizer is not None:
-            # Weakly: an optimizer must not keep a sparsifier alive that its user has dropped.
-            self.optimizer.register_step_pre_hook(_weak_pre_hook(self._with_gradients))
-            self.optimizer.register_step_post_hook(_weak_hook(self._after_optimizer_step))
+            self.optimizer.register_step_pre_hook(before_step(self._with_gradients))
+            self.optimizer.register_step_post_hook(on_step(self._after_optimizer_step))
 
     def _choose_layers(
         self, model: nn.Module, only: Callable[[str], bool] | None
@@ -126,12 +125,7 @@ class Sparsifier:
                         "parameters of the patched model, or leave the layer out with `only`"
                     )
                 block_state(self.optimizer, module.values)
-            twin = next((layer for layer in layers if layer.module.values is module.values), None)
-            if twin is not None:
-                raise ValueError(
-                    f"{name}: has its values in common with {twin.name}, so neither can change its "
-                    "pattern; leave both out with `only`"
-                )
+            refuse_tied(name, module, layers)
             layers.append(SparseLayer.of(name, module))
         if not layers:
             raise ValueError("model: none of its block-sparse layers is trained and chosen")
@@ -283,12 +277,8 @@ class Sparsifier:
     def _check_layers(self) -> None:
         """Not in every step: it takes longer than what is done in most of them."""
         for layer in self.layers:
-            if self.optimizer is not None and not layer.module.values.requires_grad:
-                raise RuntimeError(
-                    f"{layer.name}: has been frozen since {type(self).__name__} was made, which "
-                    "would go on changing its pattern; make the method anew, it leaves frozen "
-                    "layers as they are"
-                )
+            if self.optimizer is not None:
+                layer.check_trained(type(self).__name__)
             layer.check_device()
             if len(layer.alive) != layer.module.block_count:
                 raise RuntimeError(
@@ -324,28 +314,13 @@ class Sparsifier:
         self._nan = []
         changed = self._update()
         # One round trip to the device for all layers.
-        measured = self._measure()
+        measured = measure(self.layers)
         measured += [number.to(measured[0].device)[None] for _, _, number in self._nan]
         numbers = torch.cat(measured).tolist()
-        number = len(self.layers)
-        for (name, of, _), nan in zip(self._nan, numbers[3 * number :], strict=True):
+        number = 3 * len(self.layers)
+        for (name, of, _), nan in zip(self._nan, numbers[number:], strict=True):
             warn_of_nan(nan, of, name, stacklevel=4)
-        layers = {}
-        for i, layer in enumerate(self.layers):
-            born, rows, cols = numbers[i : 3 * number : number]
-            layers[layer.name] = {
-                "density": layer.alive_count / max(1, layer.cells),
-                "churn": changed.get(layer.name, 0) / max(1, before[i]),
-                "age": (self.steps * layer.alive_count - born) / max(1, layer.alive_count),
-                "dead_rows": layer.module.pattern.grid[0] - rows,
-                "dead_cols": layer.module.pattern.grid[1] - cols,
-            }
-        entry = {
-            "step": self.steps,
-            "density": self.density(),
-            "churn": sum(changed.values()) / max(1, sum(before)),
-            "layers": layers,
-        }
+        entry = log_entry(self.steps, self.layers, before, changed, numbers[:number])
         self.log.append(entry)
         over = self.steps + self.schedule.interval > self.schedule.end
         if over and not any(line["churn"] for line in self.log):
@@ -354,78 +329,3 @@ class Sparsifier:
                 stacklevel=3,
             )
         return entry
-
-    def _measure(self) -> list[Tensor]:
-        """int64, of the blocks of each layer that are alive: sums of `born`, rows, and columns."""
-        device = self.layers[0].born.device
-        patterns = [layer.module.pattern for layer in self.layers]
-        sizes = [pattern.nnz for pattern in patterns]
-        counts = torch.tensor(sizes).to(device, non_blocking=True)
-        alive = torch.cat([layer.alive.to(device) for layer in self.layers])
-        born = torch.cat([layer.born.to(device) for layer in self.layers])
-        measured = [sums_of_parts(born * alive, sizes)]
-        for dim in (0, 1):
-            of = [pattern.col_indices if dim else pattern.row_indices for pattern in patterns]
-            lengths = [pattern.grid[dim] for pattern in patterns]
-            # One row of flags for all layers, where each has its own part.
-            starts = torch.tensor([0, *itertools.accumulate(lengths)])[:-1]
-            starts = starts.to(device, non_blocking=True)
-            own = starts.repeat_interleave(counts, output_size=len(alive))
-            own += torch.cat([indices.to(device) for indices in of])
-            seen = torch.zeros(sum(lengths), dtype=torch.bool, device=device)
-            measured.append(sums_of_parts(seen.index_add_(0, own, alive), lengths))
-        return measured
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer under the wrappers of accelerate and others."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer: must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    return optimizer
-
-
-def _weak_hook(method: Callable[[], None]) -> Callable[[Any, Any, Any], None]:
-    """Calls `method` in each step that is not skipped, as long as its object lives."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-        target = reference()
-        if target is not None and not _skipped(optimizer):
-            target()
-
-    return hook
-
-
-def _weak_pre_hook(method: Callable[[], None]) -> Callable[[Any, Any, Any], Any]:
-    """Calls `method` before each step that is not skipped, or after the backward in its closure."""
-    weak, reference = _weak_hook(method), weakref.WeakMethod(method)
-
-    def hook(optimizer: Any, args: Any, kwargs: Any) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure) or reference() is None:
-            return weak(optimizer, args, kwargs)
-        seen = False
-
-        def with_gradients() -> Any:
-            nonlocal seen
-            loss = closure()
-            if not seen:  # some optimizers call it more than once
-                seen = True
-                weak(optimizer, args, kwargs)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], with_gradients, *args[2:]), kwargs
-        return args, {**kwargs, "closure": with_gradients}
-
-    return hook
-
-
-def _skipped(optimizer: Any) -> bool:
-    """True inside a step that a fused optimizer skips because its GradScaler found inf."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)

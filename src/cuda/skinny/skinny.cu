@@ -34,7 +34,8 @@ Refusal why_not(const ProductDesc& desc) {
     return concat("would read W once for every ", skinny::kMaxTokens, " of ", desc.tokens,
                   " tokens; other kernels are faster");
   }
-  if (desc.tokens > skinny::kMaxTokens && !desc.forced && !sm90::tf32().why_not(desc)) {
+  if (desc.tf32 && desc.tokens > skinny::kMaxTokens && !desc.forced &&
+      !sm90::tf32().why_not(desc)) {
     return "cuda_sm90_tf32 is faster";
   }
   if (plan.warps_per_strip == 0) {

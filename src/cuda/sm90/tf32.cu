@@ -23,14 +23,13 @@ ProductDesc rounded(const ProductDesc& desc) {
 
 // The kernel that multiplies: why none does, if so.
 Refusal find_inner(const ProductDesc& inner, Kernel& found) {
-  Refusal refusal;
-  for (const Kernel& kernel : {panel(), strip(), sampled()}) {
-    refusal = kernel.why_not(inner);
-    if (refusal) continue;
-    found = kernel;
-    return std::nullopt;
+  found = inner.product == Product::grad_weight ? sampled() : panel();
+  Refusal refusal = found.why_not(inner);
+  if (refusal && inner.product != Product::grad_weight) {
+    found = strip();
+    refusal = found.why_not(inner);
   }
-  return refusal;  // of the last one, which for grad_weight is the only one
+  return refusal;
 }
 
 // The two operands of a product, as elements.
