@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_helpers import captured
+from cuda_helpers import check_captured, check_no_synchronisation, check_rows_apart
 from pytorch_block_sparse import Pattern, ops
 from pytorch_block_sparse.testing import (
     assert_close_to_float64,
@@ -142,15 +142,7 @@ def test_its_workspace_is_bounded(product):
 def test_rows_that_are_not_contiguous():
     pattern = make_pattern(random, SIZES[0], (8, 8))
     problem = make_problem((TOKENS, *SIZES[0]), (8, 8), torch.bfloat16, pattern)
-    expected = {product: problem.run(product) for product in PRODUCTS}
-    on_gpu = problem.to("cuda")
-    for name in ("input", "grad_output"):
-        rows = getattr(on_gpu, name)
-        wide = torch.full((TOKENS, rows.shape[1] + 3), float("nan"), device="cuda").to(rows.dtype)
-        wide[:, 1:-2] = rows
-        setattr(on_gpu, name, wide[:, 1:-2])
-    for product, result in expected.items():
-        assert torch.equal(on_gpu.run(product).cpu(), result), product
+    check_rows_apart(problem, 1, 2)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -159,25 +151,13 @@ def test_captured_by_a_cuda_graph(product):
     first, second = (
         make_problem((TOKENS, *SIZES[0]), (8, 8), torch.bfloat16, pattern) for _ in range(2)
     )
-    expected = second.run(product)
-    static = first.to("cuda")
-    graph, result = captured(lambda: static.run(product))
-    for name in ("input", "grad_output", "values", "bias"):
-        getattr(static, name).copy_(getattr(second, name))
-    for _ in range(2):
-        graph.replay()
-        assert torch.equal(result.cpu(), expected)
+    check_captured(first, second, product)
 
 
 def test_nothing_synchronises():
     pattern = make_pattern(random, SIZES[0], (8, 8))
     problem = make_problem((TOKENS, *SIZES[0]), (8, 8), torch.bfloat16, pattern).to("cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for product in PRODUCTS:
-            problem.run(product)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_no_synchronisation(problem)
 
 
 def test_the_current_stream_is_used():

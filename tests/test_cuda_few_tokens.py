@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_helpers import captured
+from cuda_helpers import captured, check_captured
 from pytorch_block_sparse import Pattern
 from test_cuda import Problem, make_problem
 
@@ -177,13 +177,7 @@ def test_the_same_bits_every_run():
 def test_captured_by_a_cuda_graph(product):
     pattern = make_pattern(empty_rows, SIZES, (32, 32))
     first, second = (make_problem((7, *SIZES), (32, 32), torch.bfloat16, pattern) for _ in range(2))
-    expected = second.run(product)
-    static = first.to("cuda")
-    graph, result = captured(lambda: static.run(product))
-    for name in ("input", "grad_output", "values", "bias"):
-        getattr(static, name).copy_(getattr(second, name))
-    graph.replay()
-    assert torch.equal(result.cpu(), expected)
+    check_captured(first, second, product)
 
 
 class Chain:

@@ -9,17 +9,11 @@ import re
 import pytest
 import torch
 
-from cuda_helpers import captured
+from cuda_helpers import captured, on_hopper
 from test_cuda import Problem, check_corrupt_indices, make_problem
 from test_cuda_few_tokens import KINDS, empty_rows, make_pattern, random
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs a Hopper GPU",
-    ),
-]
+pytestmark = on_hopper
 
 block_sparse = torch.ops.block_sparse
 PRODUCTS = ["forward", "grad_input"]

@@ -7,19 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_helpers import captured
+from cuda_helpers import check_captured, check_no_synchronisation, check_rows_apart, on_hopper
 from pytorch_block_sparse.testing import assert_close_to_float64, chosen_kernel
 from test_cuda import PRODUCTS, check_corrupt_indices, make_problem
 from test_cuda_dense import by_a_dense_weight
 from test_cuda_few_tokens import KINDS, make_pattern, random, run_over_nan
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs a Hopper GPU",
-    ),
-]
+pytestmark = on_hopper
 
 block_sparse = torch.ops.block_sparse
 SIZES = (768, 1152)  # of these blocks multiples, and of no larger tile
@@ -133,16 +127,7 @@ def test_zeros():
 
 
 def test_rows_that_are_not_contiguous():
-    problem = problem_of((64, 64))
-    expected = {product: problem.run(product) for product in PRODUCTS}
-    on_gpu = problem.to("cuda")
-    for name in ("input", "grad_output"):
-        rows = getattr(on_gpu, name)
-        wide = torch.full((130, rows.shape[1] + 8), float("nan"), device="cuda")
-        wide[:, 4:-4] = rows
-        setattr(on_gpu, name, wide[:, 4:-4])
-    for product, result in expected.items():
-        assert torch.equal(on_gpu.run(product).cpu(), result), product
+    check_rows_apart(problem_of((64, 64)), 4, 4)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -151,24 +136,11 @@ def test_captured_by_a_cuda_graph(product):
     first, second = (
         make_problem((130, *SIZES), (32, 32), torch.float32, pattern) for _ in range(2)
     )
-    expected = second.run(product)
-    static = first.to("cuda")
-    graph, result = captured(lambda: static.run(product))
-    for name in ("input", "grad_output", "values", "bias"):
-        getattr(static, name).copy_(getattr(second, name))
-    for _ in range(2):
-        graph.replay()
-        assert torch.equal(result.cpu(), expected)
+    check_captured(first, second, product)
 
 
 def test_nothing_synchronises():
-    problem = problem_of().to("cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for product in PRODUCTS:
-            problem.run(product)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_no_synchronisation(problem_of().to("cuda"))
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
