@@ -49,6 +49,7 @@ target_compile_definitions(block_sparse_cuda PRIVATE BLOCK_SPARSE_WITH_CUDA)
 # Hopper's own instructions exist for Hopper only.
 add_library(block_sparse_sm90 OBJECT
   src/cuda/sm90/panel.cu
+  src/cuda/sm90/resident.cu
   src/cuda/sm90/sampled.cu
   src/cuda/sm90/strip_forward.cu
   src/cuda/sm90/strip_grad_input.cu

@@ -16,6 +16,7 @@ std::span<const Kernel> kernels(Backend backend) {
   static const Kernel list[] = {
       cuda::few_tokens(),
       // Hopper
+      cuda::sm90::resident(),
       cuda::sm90::panel(),
       cuda::sm90::strip(),
       cuda::sm90::sampled(),

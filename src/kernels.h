@@ -14,10 +14,11 @@ Kernel reference();   // src/reference.cpp
 
 namespace cuda {
 namespace sm90 {
-Kernel panel();    // src/cuda/sm90/panel.cu
-Kernel sampled();  // src/cuda/sm90/sampled.cu
-Kernel strip();    // src/cuda/sm90/strip.cu
-Kernel tf32();     // src/cuda/sm90/tf32.cu
+Kernel resident();  // src/cuda/sm90/resident.cu
+Kernel panel();     // src/cuda/sm90/panel.cu
+Kernel sampled();   // src/cuda/sm90/sampled.cu
+Kernel strip();     // src/cuda/sm90/strip.cu
+Kernel tf32();      // src/cuda/sm90/tf32.cu
 }  // namespace sm90
 namespace sm80 {
 Kernel sampled();  // src/cuda/sm80/sampled.cu

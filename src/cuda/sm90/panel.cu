@@ -2,23 +2,13 @@
 #include "cuda/sm90/hopper.h"
 #include "cuda/sm90/order.h"
 #include "cuda/sm90/panel.cuh"
+#include "cuda/sm90/sides.h"
 #include "cuda/sm90/strip_walk.h"
 #include "cuda/sm90/tensor_map.h"
 #include "kernels.h"
 
 namespace block_sparse::cuda::sm90 {
 namespace {
-
-// Forward and grad_input as one: y[tokens, M] = x[tokens, K] W.
-struct Sides {
-  int64_t m, k;
-  int64_t block_m, block_k;
-};
-
-Sides sides(const ProductDesc& desc) {
-  const Sides s{desc.out_features, desc.in_features, desc.block.out, desc.block.in};
-  return desc.product == Product::forward ? s : Sides{s.k, s.m, s.block_k, s.block_m};
-}
 
 template <class T, class Out, class Config, bool kTransposed>
 void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {

@@ -102,6 +102,16 @@ __device__ inline void load_box(const CUtensorMap* map, uint32_t to, uint32_t ba
       : "memory");
 }
 
+// Of five dimensions, the three in the middle whole.
+__device__ inline void load_box_5d(const CUtensorMap* map, uint32_t to, uint32_t barrier,
+                                   int slowest, int fastest) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%4, %5, %5, %5, %3}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(slowest), "r"(fastest), "r"(0)
+      : "memory");
+}
+
 // To the same place in every CTA of the cluster that `mask` names.
 __device__ inline void load_box_multicast(const CUtensorMap* map, uint32_t to, uint32_t barrier,
                                           int row, int col, uint16_t mask) {
@@ -123,6 +133,13 @@ __device__ inline void store_matrices_transposed(uint32_t row, uint32_t a, uint3
 
 __device__ inline void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                    uint32_t d) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
 }
 
 __device__ inline uint4 load_shared(uint32_t address) {
