@@ -26,8 +26,10 @@ Refusal why_not(const ProductDesc& desc) {
   return why_not_hopper(desc);
 }
 
-// The workspace, in this order: x retiled, counters and sums of split tiles.
+// The slices of a tile, and the workspace, in this order: x retiled, counters and sums of what is
+// split.
 struct Layout {
+  int slices = 1;
   int64_t retiled_cols = 0, counters_at = 0, partials_at = 0, size = 0;
 };
 
@@ -37,16 +39,19 @@ Layout layout_of(const ProductDesc& desc, int ctas) {
   const Tiling t = tiling_of(desc.grid(), desc.block);
   const int64_t steps = ceil_div(desc.tokens, kStepTokens);
   Layout layout;
+  const int64_t tiles =
+      std::max<int64_t>(expected_tiles(t, desc.nnz * t.parts_out * t.parts_in), 1);
+  layout.slices = best_slices(tiles, ctas, static_cast<int>(steps));
   if (t.unit_in <= kMaxRetiledUnit) {
     layout.retiled_cols = ceil_div(int64_t{t.col_units} * t.unit_in, kRetileCols) * kRetileCols;
     layout.counters_at = align(steps * layout.retiled_cols * kUnitBytes);
   }
   layout.size = layout.partials_at = layout.counters_at;
-  if (parts_of(1, ctas, static_cast<int>(steps)) > 1) {
-    const int64_t split_tiles = std::min<int64_t>(t.capacity, ctas - 1);
-    const int64_t parts = std::min<int64_t>(split_tiles * kMaxParts, kMaxPartRounds * ctas);
-    layout.partials_at += align(split_tiles * 2 * sizeof(uint32_t));
-    layout.size = layout.partials_at + parts * kTileOut * kTileIn * sizeof(float);
+  if (best_parts(slice_cost(layout.slices), 1, ctas, static_cast<int>(steps)).count > 1) {
+    const int64_t items = std::min<int64_t>(t.capacity * layout.slices, ctas - 1);
+    const int64_t parts = std::min<int64_t>(items * kMaxParts, kMaxPartRounds * ctas);
+    layout.partials_at += align(items * 2 * sizeof(uint32_t));
+    layout.size = layout.partials_at + parts * kTileOut * kTileIn / layout.slices * sizeof(float);
   }
   return layout;
 }
@@ -55,11 +60,9 @@ int64_t workspace(const ProductDesc& desc, const Execution&) {
   return layout_of(desc, multiprocessors()).size;
 }
 
-template <class T, class Out, int kUnit>
-void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
-  const cudaStream_t stream = stream_of(execution.stream);
-  const int ctas = multiprocessors();
-  const Layout layout = layout_of(desc, ctas);
+template <class T, class Out, int kUnit, int kSlices>
+void launch(const ProductDesc& desc, const ProductArgs& args, const Layout& layout, int ctas,
+            cudaStream_t stream) {
   char* workspace = static_cast<char*>(args.workspace);
   SampledArgs sampled{};
   sampled.tiling = tiling_of(desc.grid(), desc.block);
@@ -98,7 +101,7 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
                         static_cast<size_t>(layout.partials_at - layout.counters_at), stream),
         "cuda_sm90_sampled");
   }
-  const auto kernel = sampled_kernel<T, Out, kUnit>;
+  const auto kernel = sampled_kernel<T, Out, kUnit, kSlices>;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
       "cudaFuncSetAttribute");
@@ -106,15 +109,27 @@ void launch(const ProductDesc& desc, const ProductArgs& args, const Execution& e
   check_cuda(cudaGetLastError(), "cuda_sm90_sampled");
 }
 
+template <class T, class Out, int kUnit>
+void launch_slices(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
+  const int ctas = multiprocessors();
+  const Layout layout = layout_of(desc, ctas);
+  const auto with = [&]<int kSlices>() {
+    launch<T, Out, kUnit, kSlices>(desc, args, layout, ctas, stream_of(execution.stream));
+  };
+  if (layout.slices == 1) return with.template operator()<1>();
+  if (layout.slices == 2) return with.template operator()<2>();
+  with.template operator()<kMaxSlices>();
+}
+
 void run(const ProductDesc& desc, const ProductArgs& args, const Execution& execution) {
   const auto with_types = [&]<class T, class Out>() {
     switch (unit_of(desc.block.in)) {
       case 16:
-        return launch<T, Out, 16>(desc, args, execution);
+        return launch_slices<T, Out, 16>(desc, args, execution);
       case 32:
-        return launch<T, Out, 32>(desc, args, execution);
+        return launch_slices<T, Out, 32>(desc, args, execution);
       default:
-        return launch<T, Out, 64>(desc, args, execution);
+        return launch_slices<T, Out, 64>(desc, args, execution);
     }
   };
   if (desc.dtype == Dtype::bf16) {

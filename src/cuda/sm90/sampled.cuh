@@ -1,7 +1,8 @@
 // The sampled product's kernel, device code: dW = dyt x at the present blocks, for Hopper. A tile
 // (tiles.h) is 128 gathered outputs times 256 gathered inputs, and the tokens are what is summed
-// over. One producer warpgroup loads, two consumer warpgroups multiply 64 outputs each. How it is
-// launched is in sampled.cu; in which order x is read for blocks 16 wide is in retile.cuh.
+// over; where tiles are few, a CTA takes a slice of the inputs. One producer warpgroup loads, two
+// consumer warpgroups multiply 64 outputs each. How it is launched is in sampled.cu; in which order
+// x is read for blocks 16 wide is in retile.cuh.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
@@ -40,7 +41,7 @@ __device__ inline uint64_t feature_major(int width) {
   return operand + ((next - 1) << 16);
 }
 
-template <int kUnit>
+template <int kUnit, int kSlices>
 __device__ void produce(const CUtensorMap& dy, const CUtensorMap& x, const SampledArgs& args,
                         SampledShared& shared, const Schedule& schedule) {
   const Tiling& t = args.tiling;
@@ -49,6 +50,7 @@ __device__ void produce(const CUtensorMap& dy, const CUtensorMap& x, const Sampl
   // A lane has one unit, or a group of rows. The first lanes of each warp: the lanes of a warp
   // issue one by one.
   const int slot = lane * kProducerWarps + threadIdx.x % kWarpgroup / 32;
+  constexpr int kCols = kTileIn / kUnit / kSlices;
   const int rows = t.rows / t.group, width = t.unit_out * t.group;
   const bool is_row = slot < rows;
   const int to =
@@ -57,8 +59,8 @@ __device__ void produce(const CUtensorMap& dy, const CUtensorMap& x, const Sampl
   Work work;
   for (int i = 0; schedule.get(i, work); ++i) {
     const int32_t* record = reader.record(work.tile);
-    const int entry = lane < rows ? lane * t.group : t.rows + lane - rows;
-    uint32_t unit = lane < rows + t.cols ? reader.unit(record, entry) : kNoUnit;
+    const int entry = lane < rows ? lane * t.group : t.rows + work.slice * kCols + lane - rows;
+    uint32_t unit = lane < rows + kCols ? reader.unit(record, entry) : kNoUnit;
     const uint32_t end = lane < rows ? t.row_units : t.col_units;
     const uint32_t present = __ballot_sync(~0u, unit < end);
     const int bytes =
@@ -93,7 +95,7 @@ __device__ void produce(const CUtensorMap& dy, const CUtensorMap& x, const Sampl
   }
 }
 
-template <class T, class Out, int kUnit>
+template <class T, class Out, int kUnit, int kSlices>
 __device__ void consume(const SampledArgs& args, SampledShared& shared, const Schedule& schedule) {
   constexpr Major kMajorIn = kUnit <= kMaxRetiledUnit ? Major::K : Major::MN;
   const Tiling& t = args.tiling;
@@ -109,6 +111,7 @@ __device__ void consume(const SampledArgs& args, SampledShared& shared, const Sc
       (kUnit <= kMaxRetiledUnit ? swizzled_operand<kUnitBytes>() : feature_major(kUnit)) + base +
       kOutBytes / 16;
 
+  constexpr int kSums = sums_of(kSlices);
   float sums[kSums];
   Cursor at;
   Work work;
@@ -136,12 +139,12 @@ __device__ void consume(const SampledArgs& args, SampledShared& shared, const Sc
 #pragma unroll
     for (int j = 0; j < kSums; ++j) cute::warpgroup_fence_operand(sums[j]);
     if (work.parts > 1 && !join_parts(sums, args, work, shared)) continue;
-    store_tile<Out, kUnit>(sums, args, record);
+    store_slice<Out, kUnit>(sums, args, record, work.slice);
   }
 }
 
 // Out: of dW.
-template <class T, class Out, int kUnit>
+template <class T, class Out, int kUnit, int kSlices>
 __global__ void __launch_bounds__(kThreads, 1)
     sampled_kernel(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap x,
                    const __grid_constant__ SampledArgs args) {
@@ -157,13 +160,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  const Schedule schedule(TileReader{args}.count(), gridDim.x, args.steps, blockIdx.x);
+  const Schedule schedule(TileReader{args}.count(), kSlices, gridDim.x, args.steps, blockIdx.x);
   if (threadIdx.x / kWarpgroup == 2) {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    produce<kUnit>(dy, x, args, shared, schedule);
+    produce<kUnit, kSlices>(dy, x, args, shared, schedule);
   } else {
     cutlass::arch::warpgroup_reg_alloc<232>();
-    consume<T, Out, kUnit>(args, shared, schedule);
+    consume<T, Out, kUnit, kSlices>(args, shared, schedule);
   }
 #endif
 }

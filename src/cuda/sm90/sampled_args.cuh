@@ -16,13 +16,14 @@ constexpr int kOutBytes = kTileOut * kUnitBytes;
 constexpr int kStageBytes = kOutBytes + kTileIn * kUnitBytes;
 // x is read in the order of retile.cuh for units up to so many inputs.
 constexpr int kMaxRetiledUnit = 16;
-constexpr int kSums = 128;  // of a consumer's thread: 64 x 256 over a warpgroup
+// Of a consumer's thread: 64 outputs x a slice of the tile's 256 inputs, over a warpgroup.
+constexpr int sums_of(int slices) { return 128 / slices; }
 
 struct SampledShared {
   alignas(1024) char stages[kStages][kStageBytes];
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  uint32_t arrived[2];  // parts of a split tile, as each consumer warpgroup has counted them
+  uint32_t arrived[2];  // parts of what is split, as each consumer warpgroup has counted them
 };
 constexpr int kSharedBytes = sizeof(SampledShared) + 1024;  // to align it
 
@@ -35,8 +36,8 @@ struct SampledArgs {
   const float* factors;  // factors.cuh; null: none
   int64_t nnz, block_out, block_in;
   int steps;
-  float4* partials;    // of the parts of split tiles
-  uint32_t* counters;  // zero: two for each split tile
+  float4* partials;    // of the parts of what is split
+  uint32_t* counters;  // zero: two for each slice that is split
 };
 
 // The tiles' array, read with what is corrupt clamped.

@@ -10,14 +10,15 @@
 
 namespace block_sparse::cuda::sm90::sampled_product {
 
-// The sums of one part of a split tile go to memory; the warpgroup that comes last adds all parts
+// The sums of one part of what is split go to memory; the warpgroup that comes last adds all parts
 // up, in their order whoever is last. Returns whether this is the last.
-__device__ inline bool join_parts(float (&sums)[kSums], const SampledArgs& args, const Work& work,
-                                  SampledShared& shared) {
+template <int kSums>
+__device__ bool join_parts(float (&sums)[kSums], const SampledArgs& args, const Work& work,
+                           SampledShared& shared) {
   const int group = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   const auto part = [&](int p) {
     return args.partials +
-           ((int64_t{p} * work.split_tiles + work.split_tile) * 2 + group) *
+           ((int64_t{p} * work.split_items + work.split_item) * 2 + group) *
                (kSums / 4 * kWarpgroup) +
            thread;
   };
@@ -30,7 +31,7 @@ __device__ inline bool join_parts(float (&sums)[kSums], const SampledArgs& args,
   __threadfence();
   cutlass::arch::NamedBarrier::sync(kWarpgroup, group);
   if (thread == 0) {
-    shared.arrived[group] = atomicAdd(args.counters + work.split_tile * 2 + group, 1u) + 1;
+    shared.arrived[group] = atomicAdd(args.counters + work.split_item * 2 + group, 1u) + 1;
   }
   cutlass::arch::NamedBarrier::sync(kWarpgroup, group);
   if (shared.arrived[group] != static_cast<uint32_t>(work.parts)) return false;
@@ -92,11 +93,11 @@ __device__ inline void store_unit(const float* sums, T* to, int64_t row_stride,
   }
 }
 
-// Stores what the tile owns of this warp's 16 rows.
-template <class T, int kUnit>
-__device__ inline void store_tile(const float (&sums)[kSums], const SampledArgs& args,
-                                  const int32_t* record) {
-  constexpr int kCols = kTileIn / kUnit;
+// Stores what the tile owns of this warp's 16 rows, in the columns of a slice.
+template <class T, int kUnit, int kSums>
+__device__ void store_slice(const float (&sums)[kSums], const SampledArgs& args,
+                            const int32_t* record, int slice) {
+  constexpr int kCols = kTileIn / kUnit, kMine = 2 * kSums / kUnit;
   const Tiling& t = args.tiling;
   const TileReader reader{args};
   const int lane = threadIdx.x % 32;
@@ -120,8 +121,8 @@ __device__ inline void store_tile(const float (&sums)[kSums], const SampledArgs&
   }
   const Factors<T> factors(args.factors);
 #pragma unroll
-  for (int c = 0; c < kCols; ++c) {
-    const int64_t to = __shfl_sync(~0u, offset, c);
+  for (int c = 0; c < kMine; ++c) {
+    const int64_t to = __shfl_sync(~0u, offset, slice * kMine + c);
     if (to < 0) continue;
     store_unit<T, kUnit>(sums + c * (kUnit / 2), static_cast<T*>(args.values) + to, args.block_in,
                          factors);
