@@ -39,8 +39,7 @@ Layout layout_of(const ProductDesc& desc, int ctas) {
   const Tiling t = tiling_of(desc.grid(), desc.block);
   const int64_t steps = ceil_div(desc.tokens, kStepTokens);
   Layout layout;
-  const int64_t tiles =
-      std::max<int64_t>(expected_tiles(t, desc.nnz * t.parts_out * t.parts_in), 1);
+  const int64_t tiles = likely_tiles(t, desc.nnz * t.parts_out * t.parts_in);
   layout.slices = best_slices(tiles, ctas, static_cast<int>(steps));
   if (t.unit_in <= kMaxRetiledUnit) {
     layout.retiled_cols = ceil_div(int64_t{t.col_units} * t.unit_in, kRetileCols) * kRetileCols;

@@ -23,9 +23,8 @@ struct SliceCost {
   int step, store, add;
 };
 BLOCK_SPARSE_HOST_DEVICE constexpr SliceCost slice_cost(int slices) {
-  return slices == 1   ? SliceCost{15, 90, 30}
-         : slices == 2 ? SliceCost{10, 50, 15}
-                       : SliceCost{8, 32, 8};
+  if (slices == 1) return {17, 115, 30};
+  return slices == 2 ? SliceCost{10, 60, 14} : SliceCost{8, 28, 6};
 }
 
 constexpr int kNever = std::numeric_limits<int>::max();
