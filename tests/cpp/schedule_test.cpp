@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <map>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,7 +18,7 @@ TEST(Schedule, EveryStepOfEverySliceIsDoneOnce) {
     for (int slices = 1; slices <= kMaxSlices; slices *= 2) {
       for (const int steps : {1, 2, 7, 32, 128}) {
         std::map<std::pair<int, int>, std::vector<int>> done;
-        std::map<std::tuple<int, int>, std::pair<int, int>> places;  // of the sums of parts
+        std::map<std::pair<int, int>, std::pair<int, int>> places;  // of the sums of parts
         for (int cta = 0; cta < kCtas; ++cta) {
           const Schedule schedule(tiles, slices, kCtas, steps, cta);
           Work work;

@@ -3,7 +3,6 @@
 // x in the L2 cache. Slices that are too few for one more round may be split along the tokens.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -17,8 +16,8 @@ constexpr int kMaxPartRounds = 2;
 // A tile's columns may be shared out in slices, where tiles are few.
 constexpr int kMaxSlices = 4;
 
-// In units of 0.05 us, measured on an H100: a step, the store of a part's sums, the sum of one more
-// part. A narrow slice loads as much of dy as a whole tile, hence the steps.
+// In units of 0.05 us, fitted to what was measured on an H100: a step, the store of a part's sums,
+// the sum of one more part. A narrow slice loads as much of dy as a whole tile, hence the steps.
 struct SliceCost {
   int step, store, add;
 };
